@@ -1,0 +1,75 @@
+"""ptengine tunes prompts against a frozen Hugging Face backbone: exact, fast and small.
+
+The names users need are imported on first use, so that `import ptengine` stays light and the operations under
+`ptengine.kernels` can be used without transformers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+
+def _expose_kernels() -> None:
+    """Make `ptengine.kernels` importable from a checkout, where its folder is the sibling `kernels/`.
+
+    An editable install knows the package by its own folder only. A top-level `kernels` on sys.path would shadow the
+    Hugging Face package of that name, so the folder is bound here to its full name and to nothing else.
+    """
+    here = Path(__file__).resolve().parent
+    folder = here.parent / "kernels"
+    if (here / "kernels").is_dir() or not folder.is_dir() or not (here.parent / "pyproject.toml").is_file():
+        return
+    spec = importlib.machinery.ModuleSpec("ptengine.kernels", None, is_package=True)
+    spec.submodule_search_locations = [str(folder)]
+    sys.modules.setdefault("ptengine.kernels", importlib.util.module_from_spec(spec))
+
+
+_expose_kernels()
+
+if TYPE_CHECKING:
+    from ptengine import interop as interop
+    from ptengine.backbone import generate as generate
+    from ptengine.backbone import patch as patch
+    from ptengine.backbone import patched as patched
+    from ptengine.backbone import supports as supports
+    from ptengine.backbone import unpatch as unpatch
+    from ptengine.prompts import Prefix as Prefix
+    from ptengine.prompts import SoftPrompt as SoftPrompt
+    from ptengine.prompts import load_prompt as load_prompt
+    from ptengine.training import Trainer as Trainer
+    from ptengine.training import TrainingConfig as TrainingConfig
+
+_HOMES = {
+    "Prefix": "ptengine.prompts",
+    "SoftPrompt": "ptengine.prompts",
+    "Trainer": "ptengine.training",
+    "TrainingConfig": "ptengine.training",
+    "generate": "ptengine.backbone",
+    "load_prompt": "ptengine.prompts",
+    "patch": "ptengine.backbone",
+    "patched": "ptengine.backbone",
+    "supports": "ptengine.backbone",
+    "unpatch": "ptengine.backbone",
+}
+__all__ = [*sorted(_HOMES), "__version__", "interop"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "interop":
+        return importlib.import_module("ptengine.interop")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'ptengine' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

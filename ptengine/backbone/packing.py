@@ -1,0 +1,116 @@
+"""Packed batches: rows of tokens laid one after another, without padding.
+
+This is the only form in which text reaches the backbone, so left-padded, right-padded and unpadded input give the same
+numbers by construction. Knows tensors only: no tokenizer, no model, no prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from ptengine.errors import InputError
+
+__all__ = ["IGNORE_INDEX", "PackedBatch", "pack_padded", "pack_rows"]
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B rows of together N tokens.
+
+    Attributes:
+        input_ids: int64 [N].
+        cu_seqlens: int32 [B + 1], 0 first and N last; row b is ``input_ids[cu_seqlens[b]:cu_seqlens[b + 1]]``.
+        max_seqlen: the longest row, in tokens.
+        labels: int64 [N] or None. As in transformers, ``labels[i]`` is the token AT position i, predicted from the
+            position before it; -100 marks positions without a label.
+        row_labels: int64 [B] or None: one class per row, for models with a sequence-classification head.
+        token_type_ids: int64 [N] or None.
+    """
+
+    input_ids: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int
+    labels: Tensor | None = None
+    row_labels: Tensor | None = None
+    token_type_ids: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.input_ids.numel()
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        moved = {
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)
+        }
+        return replace(self, **moved)
+
+
+def pack_rows(
+    rows: Sequence[Sequence[int]],
+    labels: Sequence[Sequence[int]] | None = None,
+    row_labels: Sequence[int] | None = None,
+    token_type_ids: Sequence[Sequence[int]] | None = None,
+) -> PackedBatch:
+    """Pack rows of token ids (and labels of the same lengths) into one batch.
+
+    Rows may be empty; a batch of no rows is refused with `InputError`, as are labels of another length than their row.
+    """
+    if not rows:
+        raise InputError("expected at least one row to pack, got none")
+    lengths = [len(row) for row in rows]
+    for name, other in (("labels", labels), ("token_type_ids", token_type_ids)):
+        if other is not None and [len(row) for row in other] != lengths:
+            raise InputError(f"expected {name} of the rows' own lengths {lengths}, got {[len(row) for row in other]}")
+    if row_labels is not None and len(row_labels) != len(rows):
+        raise InputError(f"expected one row label per row ({len(rows)}), got {len(row_labels)}")
+
+    def flat(nested: Sequence[Sequence[int]] | None) -> Tensor | None:
+        return None if nested is None else torch.tensor([x for row in nested for x in row], dtype=torch.int64)
+
+    input_ids = flat(rows)
+    assert input_ids is not None
+    return PackedBatch(
+        input_ids=input_ids,
+        cu_seqlens=_cumulative(torch.tensor(lengths)),
+        max_seqlen=max(lengths),
+        labels=flat(labels),
+        row_labels=None if row_labels is None else torch.tensor(list(row_labels), dtype=torch.int64),
+        token_type_ids=flat(token_type_ids),
+    )
+
+
+def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None) -> PackedBatch:
+    """Drop the padding of a stock batch, wherever it stands.
+
+    Args:
+        input_ids: int64 [B, T].
+        attention_mask: [B, T], nonzero where there is a token; None means no padding.
+        labels: int64 [B, T] or None. Labels on padding are dropped with it.
+    """
+    if input_ids.dim() != 2:
+        raise InputError(f"expected input_ids of shape [B, T], got {list(input_ids.shape)}")
+    for name, other in (("attention_mask", attention_mask), ("labels", labels)):
+        if other is not None and other.shape != input_ids.shape:
+            raise InputError(f"expected {name} of shape {list(input_ids.shape)}, got {list(other.shape)}")
+    keep = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()  # [B, T]
+    lengths = keep.sum(dim=1)  # [B]
+    return PackedBatch(
+        input_ids=input_ids[keep],
+        cu_seqlens=_cumulative(lengths),
+        max_seqlen=int(lengths.max()),
+        labels=None if labels is None else labels[keep],
+    )
+
+
+def _cumulative(lengths: Tensor) -> Tensor:
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)  # [B + 1]

@@ -1,0 +1,23 @@
+"""Fixtures of the whole suite. Nothing here reaches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of shared data and models beside the checkout; a clone without it skips and says so."""
+    if not (SHARED / "data").is_dir():
+        if os.environ.get("PTENGINE_REQUIRE_SHARED") == "1":
+            pytest.fail(f"PTENGINE_REQUIRE_SHARED=1 but there is no {SHARED}")
+        pytest.skip("needs ../shared (real data sets and models), which this checkout does not have")
+    return SHARED
