@@ -1,0 +1,46 @@
+"""The frozen backbone: patching a transformers model, running it over packed rows with prompts, generating.
+
+Knows nothing of how prompts are trained, of tasks or of data files.
+"""
+
+from ptengine.backbone.generation import generate
+from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
+from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_padded, pack_rows
+from ptengine.backbone.patching import is_patched, patch, patched, unpatch
+from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.backbone.step import (
+    LabelHidden,
+    PackedLoss,
+    capture_prefix,
+    label_hidden,
+    label_log_probs,
+    packed_loss,
+    sequence_logits,
+)
+from ptengine.backbone.support import SupportReport, supports
+
+__all__ = [
+    "IGNORE_INDEX",
+    "BackboneSpec",
+    "KeyValuePrefix",
+    "LabelHidden",
+    "LoweredPrompt",
+    "PackedBatch",
+    "PackedLoss",
+    "SupportReport",
+    "VirtualTokens",
+    "backbone_spec",
+    "capture_prefix",
+    "generate",
+    "is_patched",
+    "label_hidden",
+    "label_log_probs",
+    "pack_padded",
+    "pack_rows",
+    "packed_loss",
+    "patch",
+    "patched",
+    "sequence_logits",
+    "supports",
+    "unpatch",
+]

@@ -1,0 +1,253 @@
+"""The operation as `torch.library` operators, so that torch.compile, fake tensors and autograd see through it.
+
+One forward and one backward operator for packed rows, and a pair for dense batches. Options travel as plain arguments
+because operator schemas know no classes. Importing this module registers the implementations with the dispatcher.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptengine.kernels.dispatch import register
+from ptengine.kernels.prefix_attention import reference, torch_path
+from ptengine.kernels.prefix_attention.plan import Plan, plan_dense, plan_varlen
+from ptengine.kernels.prefix_attention.scores import ScoreRules
+
+__all__: list[str] = []
+
+
+def _unpack(rules: ScoreRules) -> tuple[Any, ...]:
+    """In the order in which the operators take them, and `ScoreRules` too."""
+    return (
+        rules.causal, rules.scale, rules.window, rules.window_includes_prefix, rules.softcap,
+        rules.sinks, rules.alibi_slopes, rules.relative_bias,
+    )  # fmt: skip
+
+
+def _values(x: Tensor | None) -> tuple[int, ...] | None:
+    return None if x is None else tuple(x.tolist())
+
+
+def _prompt_lengths(prefix_k: Tensor | None, prefix_lengths: Tensor | None) -> tuple[int, ...]:
+    if prefix_k is None:
+        return ()
+    return _values(prefix_lengths) or (prefix_k.shape[1],) * prefix_k.shape[0]
+
+
+def _varlen_plan(
+    q: Tensor,
+    prefix_k: Tensor | None,
+    cu_seqlens: Tensor,
+    prompt_ids: Tensor | None,
+    prefix_rows: Tensor | None,
+    prefix_lengths: Tensor | None,
+    causal: bool,
+) -> Plan:
+    bounds = tuple(cu_seqlens.tolist())
+    prompts = _values(prompt_ids)
+    if prompts is None and prefix_k is not None:
+        prompts = (0,) * (len(bounds) - 1)
+    lengths = _prompt_lengths(prefix_k, prefix_lengths)
+    return plan_varlen(bounds, prompts, _values(prefix_rows), lengths, causal, q.device)
+
+
+@torch.library.custom_op("ptengine::prefix_attention_varlen", mutates_args=())
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    cu_seqlens: Tensor, prompt_ids: Tensor | None, prefix_rows: Tensor | None, prefix_lengths: Tensor | None,
+    causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = _varlen_plan(q, prefix_k, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, causal)
+    rules = ScoreRules(
+        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
+    )  # fmt: skip
+    return torch_path.forward(q, k, v, prefix_k, prefix_v, plan, rules)
+
+
+@_varlen.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])  # [total, H, D_v]
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q))
+
+
+@torch.library.custom_op("ptengine::prefix_attention_varlen_backward", mutates_args=())
+def _varlen_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    out: Tensor, lse: Tensor,
+    cu_seqlens: Tensor, prompt_ids: Tensor | None, prefix_rows: Tensor | None, prefix_lengths: Tensor | None,
+    causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None, rows_need_grad: bool,
+) -> list[Tensor]:  # fmt: skip
+    plan = _varlen_plan(q, prefix_k, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, causal)
+    rules = ScoreRules(
+        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
+    )  # fmt: skip
+    return torch_path.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, plan, rules, rows_need_grad)
+
+
+@_varlen_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    return _fake_gradients(q, k, v, prefix_k, prefix_v, rest[-1])
+
+
+@torch.library.custom_op("ptengine::prefix_attention", mutates_args=())
+def _dense(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
+    causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
+    rules = ScoreRules(
+        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
+    )  # fmt: skip
+    out, lse = torch_path.forward(q.flatten(0, 1), k, v, prefix_k, prefix_v, plan, rules)
+    return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2])
+
+
+@_dense.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    out = q.new_empty(*q.shape[:3], v.shape[3])  # [B, Tq, H, D_v]
+    return out, q.new_empty(q.shape[2], *q.shape[:2], dtype=_lse_dtype(q))  # [H, B, Tq]
+
+
+@torch.library.custom_op("ptengine::prefix_attention_backward", mutates_args=())
+def _dense_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    out: Tensor, lse: Tensor,
+    key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
+    causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None, rows_need_grad: bool,
+) -> list[Tensor]:  # fmt: skip
+    plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
+    rules = ScoreRules(
+        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
+    )  # fmt: skip
+    gradients = torch_path.backward(
+        grad.flatten(0, 1), q.flatten(0, 1), k, v, prefix_k, prefix_v, out.flatten(0, 1), lse.flatten(1),
+        plan, rules, rows_need_grad,
+    )  # fmt: skip
+    if rows_need_grad:
+        gradients[0] = gradients[0].unflatten(0, q.shape[:2])
+    return gradients
+
+
+@_dense_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Any
+) -> list[Tensor]:
+    return _fake_gradients(q, k, v, prefix_k, prefix_v, rest[-1])
+
+
+def _dense_plan(
+    q: Tensor,  # [B, Tq, H, D]
+    k: Tensor,  # [B, H_kv, Tk, D]
+    prefix_k: Tensor | None,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    prompt_ids: Tensor | None,
+    prefix_lengths: Tensor | None,
+    causal: bool,
+) -> Plan:
+    batch, q_len, k_len = q.shape[0], q.shape[1], k.shape[2]
+    prompts = _values(prompt_ids)
+    if prompts is None and prefix_k is not None:
+        prompts = (0,) * batch
+    return plan_dense(
+        q_len, k_len, _values(key_starts) or (0,) * batch, _values(key_lengths) or (k_len,) * batch,
+        prompts, _prompt_lengths(prefix_k, prefix_lengths), causal, q.device,
+    )  # fmt: skip
+
+
+def _lse_dtype(q: Tensor) -> torch.dtype:
+    return torch.float64 if q.dtype == torch.float64 else torch.float32
+
+
+def _fake_gradients(
+    q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, rows_need_grad: bool
+) -> list[Tensor]:
+    rows = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)] if rows_need_grad else []
+    return rows + [
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (prefix_k, prefix_v) if x is not None
+    ]
+
+
+_TENSORS = 5  # q, k, v, prefix_k, prefix_v come first in every operator
+_INDEX = 4  # then four index tensors, then the rules
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    tensors, index, rules = inputs[:_TENSORS], inputs[_TENSORS : _TENSORS + _INDEX], inputs[_TENSORS + _INDEX :]
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*tensors, out, lse, *index, *rules[5:])
+    ctx.scalars = rules[:5]
+
+
+def _make_backward(operator: Any) -> Any:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        rows_need_grad = any(ctx.needs_input_grad[:3])
+        given = operator(
+            grad, *tensors[: _TENSORS + 2 + _INDEX], *ctx.scalars, *tensors[_TENSORS + 2 + _INDEX :], rows_need_grad
+        )
+        rows = given[:3] if rows_need_grad else [None] * 3
+        prefix = given[-2:] if tensors[3] is not None else [None, None]
+        return (*rows, *prefix, *[None] * (_INDEX + 8))
+
+    return backward
+
+
+_varlen.register_autograd(_make_backward(_varlen_backward), setup_context=_setup_context)
+_dense.register_autograd(_make_backward(_dense_backward), setup_context=_setup_context)
+
+
+def _run_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    cu_seqlens: Tensor,
+    *,
+    prompt_ids: Tensor | None,
+    prefix_rows: Tensor | None,
+    prefix_lengths: Tensor | None,
+    rules: ScoreRules,
+) -> tuple[Tensor, Tensor]:
+    return _varlen(
+        q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, *_unpack(rules)
+    )  # fmt: skip
+
+
+def _run_dense(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prefix_k: Tensor | None,
+    prefix_v: Tensor | None,
+    *,
+    key_lengths: Tensor | None,
+    key_starts: Tensor | None,
+    prompt_ids: Tensor | None,
+    prefix_lengths: Tensor | None,
+    rules: ScoreRules,
+) -> tuple[Tensor, Tensor]:
+    # Token-major inside: the projections of a transformer leave q so, and the result is wanted so.
+    out, lse = _dense(
+        q.transpose(1, 2), k, v, prefix_k, prefix_v, key_lengths, key_starts, prompt_ids, prefix_lengths,
+        *_unpack(rules),
+    )  # fmt: skip
+    return out.transpose(1, 2), lse.transpose(0, 1)  # [B, H, Tq, D_v], [B, H, Tq]
+
+
+register("prefix_attention_varlen", "torch", _run_varlen)
+register("prefix_attention_varlen", "reference", reference.prefix_attention_varlen)
+register("prefix_attention", "torch", _run_dense)
+register("prefix_attention", "reference", reference.prefix_attention)

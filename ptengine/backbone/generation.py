@@ -1,0 +1,194 @@
+"""Text generation behind a prompt through the stock `generate`: the prompt runs once and is kept once.
+
+Not one copy per row or beam: the keys and values of a prompt stay apart from the cache, which holds text alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ptengine.backbone.attention import PrefixContext
+from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
+from ptengine.backbone.patching import patched, require_patched, with_prefix
+from ptengine.backbone.spec import BackboneSpec
+from ptengine.backbone.step import capture_prefix, check_fit, stack_prefixes
+from ptengine.errors import InputError
+
+__all__ = ["generate"]
+
+
+class _Prompt(Protocol):
+    def lower(self) -> LoweredPrompt: ...
+
+
+Inputs = str | Sequence[str] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
+
+# What would make the stock generate ignore the prefix or keep other rows than it is given.
+_REFUSED = {
+    "inputs_embeds": "give token ids or texts",
+    "position_ids": "positions follow from the prompt and the padding",
+    "past_key_values": "the cache is made per call",
+    "assistant_model": "assisted decoding is not supported",
+    "prompt_lookup_num_tokens": "assisted decoding is not supported",
+}
+
+
+def generate(
+    model: Any,
+    prompt: _Prompt | LoweredPrompt | Sequence[_Prompt | LoweredPrompt] | None,
+    inputs: Inputs,
+    tokenizer: Any = None,
+    **generation_kwargs: Any,
+) -> list[str] | Tensor:
+    """Continue texts behind a prompt.
+
+    Args:
+        model: a supported causal model; it is patched for the call if it is not yet.
+        prompt: one prompt for all inputs, a list with one prompt per input (an object given several times runs once),
+            or None for the frozen model alone.
+        inputs: a text, texts, lists of token ids, an int64 tensor [B, T] without padding, or a mapping with `input_ids`
+            and `attention_mask` [B, T], padded on any side. Every input needs at least one token.
+        tokenizer: needed for texts; also gives the padding token.
+        generation_kwargs: of transformers' `generate` (max_new_tokens, do_sample, num_beams, ...). `max_length` counts
+            text tokens, not virtual ones.
+
+    Returns:
+        For texts a list of continuations without special tokens, ``num_return_sequences`` per input; otherwise int64
+        [B, T + new] as from the stock `generate`, left-padded.
+
+    Raises:
+        InputError: an input is empty or not as described, the prompt does not fit the model, or virtual tokens, text and
+            new tokens together exceed the model's positions.
+    """
+    for name, reason in _REFUSED.items():
+        if generation_kwargs.get(name) is not None:
+            raise InputError(f"expected no {name}: {reason}")
+    if generation_kwargs.get("cache_implementation") not in (None, "dynamic"):
+        raise InputError(f"expected the dynamic cache, got {generation_kwargs['cache_implementation']!r}")
+    ids, as_text = _token_rows(inputs, tokenizer)
+    with patched(model):
+        spec = require_patched(model)
+        if spec.kind != "causal":
+            raise InputError(f"expected a causal model to generate with, got {spec.model_type!r}")
+        sequences, length = _generate(model, spec, prompt, ids, tokenizer, generation_kwargs)
+    if not as_text:
+        return sequences
+    return list(tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True))
+
+
+@torch.no_grad()
+def _generate(
+    model: Any, spec: BackboneSpec, prompt: Any, ids: list[list[int]], tokenizer: Any, kwargs: dict[str, Any]
+) -> tuple[Tensor, int]:
+    device = spec.word_embeddings.weight.device
+    pad = _padding_token(model, tokenizer, kwargs)
+    longest = max(len(row) for row in ids)
+    input_ids = torch.tensor([[pad] * (longest - len(row)) + row for row in ids], device=device)  # [B, T]
+    padding = torch.tensor([longest - len(row) for row in ids], device=device)  # [B]
+    mask = (torch.arange(longest, device=device) >= padding[:, None]).long()  # [B, T]
+
+    prefixes, prompt_ids = _prefixes(model, spec, prompt, len(ids))
+    sizes = [prefix.num_virtual_tokens for prefix in prefixes]
+    virtual = torch.tensor([sizes[i] if i >= 0 else 0 for i in prompt_ids], device=device)  # [B]
+    _check_length(model, spec, ids, virtual, longest, kwargs)
+    keys = values = lengths = None
+    if prefixes:
+        keys, values, lengths = stack_prefixes(prefixes)
+    context = PrefixContext(
+        keys=keys,
+        values=values,
+        prompt_ids=torch.tensor(prompt_ids, dtype=torch.int32, device=device),
+        prefix_lengths=lengths,
+        key_starts=padding.to(torch.int32),
+    )
+    training = model.training
+    model.eval()
+    try:
+        with with_prefix(context, virtual):
+            sequences = model.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
+    finally:
+        model.train(training)
+    return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
+
+
+def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
+    """Token ids of every input without padding, and whether texts were given."""
+    as_text = False
+    if isinstance(inputs, str):
+        inputs = [inputs]
+    if isinstance(inputs, Mapping):
+        tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        keep = torch.ones_like(tokens) if mask is None else mask
+        if keep.shape != tokens.shape:
+            raise InputError(f"expected attention_mask of shape {list(tokens.shape)}, got {list(keep.shape)}")
+        rows = [row[kept.bool()].tolist() for row, kept in zip(tokens, keep, strict=True)]
+    elif isinstance(inputs, Tensor):
+        if inputs.dim() != 2:
+            raise InputError(f"expected input_ids [B, T], got {list(inputs.shape)}")
+        rows = inputs.tolist()
+    elif inputs and all(isinstance(text, str) for text in inputs):
+        if tokenizer is None:
+            raise InputError("expected a tokenizer to go with texts, got None")
+        as_text = True
+        rows = [list(tokenizer(text)["input_ids"]) for text in inputs]
+    else:
+        rows = [list(row) for row in inputs]  # type: ignore[arg-type]
+    if not rows:
+        raise InputError("expected at least one input, got none")
+    for index, row in enumerate(rows):
+        if not row:
+            raise InputError(f"input {index}: expected at least one token, got an empty input")
+        if not all(isinstance(token, int) for token in row):
+            raise InputError(f"input {index}: expected texts or token ids, got {type(row[0]).__name__}")
+    return rows, as_text
+
+
+def _prefixes(model: Any, spec: BackboneSpec, prompt: Any, batch: int) -> tuple[list[KeyValuePrefix], list[int]]:
+    """Every distinct prompt once, as keys and values, and the prompt of every row."""
+    if prompt is None:
+        return [], [-1] * batch
+    per_row = list(prompt) if isinstance(prompt, list | tuple) else [prompt] * batch
+    if len(per_row) != batch:
+        raise InputError(f"expected one prompt or one per input ({batch}), got {len(per_row)}")
+    distinct = {id(one): one for one in per_row}
+    order = {key: index for index, key in enumerate(distinct)}
+    prefixes = []
+    for one in distinct.values():
+        lowered = one if isinstance(one, VirtualTokens | KeyValuePrefix) else one.lower()
+        check_fit(spec, lowered)
+        prefixes.append(lowered if isinstance(lowered, KeyValuePrefix) else capture_prefix(model, lowered))
+    device = spec.word_embeddings.weight.device
+    prefixes = [KeyValuePrefix(prefix.keys.to(device), prefix.values.to(device)) for prefix in prefixes]
+    return prefixes, [order[id(one)] for one in per_row]
+
+
+def _padding_token(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> int:
+    """Padding is masked, so any token will do; the declared one is used where there is one."""
+    candidates = (
+        kwargs.get("pad_token_id"),
+        getattr(tokenizer, "pad_token_id", None),
+        model.generation_config.pad_token_id,
+        getattr(tokenizer, "eos_token_id", None),
+    )
+    return next((int(token) for token in candidates if token is not None), 0)
+
+
+def _check_length(
+    model: Any, spec: BackboneSpec, ids: list[list[int]], virtual: Tensor, longest: int, kwargs: dict[str, Any]
+) -> None:
+    """Refuse before any work what would run beyond the position embeddings."""
+    config = kwargs.get("generation_config") or model.generation_config
+    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+    if new is None:
+        limit = kwargs.get("max_length", getattr(config, "max_length", None)) or longest + 20
+        new = max(limit - longest, 0)
+    for row, (tokens, size) in enumerate(zip(ids, virtual.tolist(), strict=True)):
+        if size + len(tokens) + new > spec.max_positions:
+            raise InputError(
+                f"input {row}: expected at most {spec.max_positions} positions, got {size} virtual tokens, "
+                f"{len(tokens)} tokens of text and {new} new ones"
+            )

@@ -1,0 +1,196 @@
+"""Puts ptengine's attention into one model instance, and takes it out again.
+
+Only this instance changes: its configurations' attention implementation, a wrapper around its
+`prepare_inputs_for_generation`, and two hooks on its last MLP. No class is touched.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ptengine.backbone import last_layer
+from ptengine.backbone.activations import fuse_activations
+from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PrefixContext
+from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.errors import InputError, UnsupportedModelError
+
+__all__ = ["is_patched", "patch", "patched", "require_patched", "unpatch", "with_prefix"]
+
+_STATE = "_ptengine_state"
+_PREPARE = "prepare_inputs_for_generation"
+
+# The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B]).
+_generating: ContextVar[tuple[PrefixContext, Tensor] | None] = ContextVar("ptengine_generating", default=None)
+
+
+@dataclass
+class _State:
+    """What `unpatch` puts back."""
+
+    implementations: list[tuple[Any, str | None]]
+    spec: BackboneSpec
+    handles: list[Any] = field(default_factory=list)
+
+
+def patch(model: Any) -> Any:
+    """Route the attention of `model` through ptengine, in place; returns the model.
+
+    Without a prompt the model computes what it computed before, up to rounding. Patching twice is patching once.
+
+    Raises:
+        UnsupportedModelError: the model type is not supported, or a trial forward shows that a layer's attention does
+            not go through transformers' attention interface. The model is then as it was.
+    """
+    if is_patched(model):
+        return model
+    spec = backbone_spec(model)
+    state = _State([(config, config._attn_implementation) for config in _configs(model)], spec)
+    setattr(model, _STATE, state)
+    try:
+        for config, _ in state.implementations:
+            config._attn_implementation = IMPLEMENTATION
+        attentions = _probe(model, spec)
+        _link_last_mlp(spec, attentions[-1], state)
+        state.handles.extend(fuse_activations(model))
+        if spec.kind == "causal":
+            setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE)))
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def unpatch(model: Any) -> Any:
+    """Put back everything `patch` changed; returns the model. A model that is not patched is left alone."""
+    state: _State | None = model.__dict__.get(_STATE)
+    if state is None:
+        return model
+    for config, implementation in state.implementations:
+        config._attn_implementation = implementation
+    for handle in state.handles:
+        handle.remove()
+    model.__dict__.pop(_PREPARE, None)
+    delattr(model, _STATE)
+    return model
+
+
+@contextmanager
+def patched(model: Any) -> Iterator[Any]:
+    """Patch for the duration of a block; a model that was patched before stays so after it."""
+    was_patched = is_patched(model)
+    patch(model)
+    try:
+        yield model
+    finally:
+        if not was_patched:
+            unpatch(model)
+
+
+def is_patched(model: Any) -> bool:
+    return _STATE in getattr(model, "__dict__", {})
+
+
+def require_patched(model: Any) -> BackboneSpec:
+    """The facts of a patched model.
+
+    Raises:
+        InputError: the model is not patched.
+    """
+    state: _State | None = getattr(model, "__dict__", {}).get(_STATE)
+    if state is None:
+        raise InputError(
+            f"expected a patched model, got a stock {type(model).__name__}: call ptengine.patch(model) first"
+        )
+    return state.spec
+
+
+@contextmanager
+def with_prefix(context: PrefixContext, virtual_tokens: Tensor) -> Iterator[None]:
+    """`model.generate` inside this block, in this thread, sees `context` behind `virtual_tokens`, int64 [B]."""
+    token = _generating.set((context, virtual_tokens))
+    try:
+        yield
+    finally:
+        _generating.reset(token)
+
+
+def _configs(model: nn.Module) -> list[Any]:
+    """Every configuration object in the model, once: some families keep one per stack."""
+    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+@torch.no_grad()
+def _probe(model: Any, spec: BackboneSpec) -> list[nn.Module]:
+    """Run two tokens and return the attention modules in the order of their layers; each must have been called."""
+    device = spec.word_embeddings.weight.device
+    captured: dict[int, tuple[Tensor, Tensor]] = {}
+    context = PrefixContext(
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32, device=device), max_seqlen=2, captured=captured
+    )
+    training = model.training
+    model.eval()
+    try:
+        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+        hidden = spec.base_model(
+            ids, attention_mask=no_mask(device), position_ids=torch.arange(2, device=device)[None],
+            **cache_off(spec), **{KEYWORD: context},
+        ).last_hidden_state  # fmt: skip
+    finally:
+        model.train(training)
+    missing = sorted(set(range(spec.num_layers)) - set(captured))
+    if missing or hidden.shape != (1, 2, spec.hidden_size):
+        raise UnsupportedModelError(
+            f"model type {spec.model_type!r}: the attention of layers {missing} does not go through transformers' "
+            "attention interface"
+        )
+    by_layer = {
+        module.layer_idx: module
+        for module in spec.base_model.modules()
+        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
+    }
+    return [by_layer[layer] for layer in range(spec.num_layers)]
+
+
+def no_mask(device: torch.device) -> Tensor:
+    """A four-dimensional mask, which transformers hands to attention as it is; packed calls need none and ignore it."""
+    return torch.ones(1, 1, 1, 1, dtype=torch.bool, device=device)
+
+
+def cache_off(spec: BackboneSpec) -> dict[str, bool]:
+    return {"use_cache": False} if spec.kind == "causal" else {}
+
+
+def _link_last_mlp(spec: BackboneSpec, attention: nn.Module, state: _State) -> None:
+    """Find the MLP beside the last attention; without one of that name nothing is skipped."""
+    for module in spec.base_model.modules():
+        children = dict(module.named_children())
+        if "mlp" in children and any(child is attention for child in children.values()):
+            state.handles.extend(last_layer.install(attention, children["mlp"]))
+
+
+def _wrap_prepare(prepare: Any) -> Any:
+    """Add the prefix and the positions behind it to the inputs of every step of `generate`."""
+
+    @functools.wraps(prepare)
+    def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+        active = _generating.get()
+        if active is None:
+            return inputs
+        context, virtual_tokens = active
+        mask = kwargs["attention_mask"]  # [B, T so far]
+        step = (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
+        shift = virtual_tokens.repeat_interleave(mask.shape[0] // virtual_tokens.numel())[:, None]  # [B, 1]
+        positions = (shift + mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T so far]
+        return inputs | {KEYWORD: context, "position_ids": positions[:, -step:]}
+
+    return wrapped

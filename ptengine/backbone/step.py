@@ -1,0 +1,364 @@
+"""One step of a frozen backbone over a packed batch with its prompts.
+
+In a causal backbone virtual tokens are rows of the batch, one per prompt, which the texts' rows read in every layer:
+P + sum(T_i) positions instead of B * (P + max T). In a bidirectional one they stand in every row. Prefixes are read by
+every layer's attention from where they lie. Positions of a text start behind its prompt. Only hidden states that
+predict a label leave this room.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
+from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
+from ptengine.backbone.patching import cache_off, no_mask, require_patched
+from ptengine.backbone.spec import BackboneSpec
+from ptengine.errors import InputError
+from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
+
+__all__ = [
+    "LabelHidden",
+    "PackedLoss",
+    "Prompts",
+    "capture_prefix",
+    "check_fit",
+    "label_hidden",
+    "label_log_probs",
+    "packed_loss",
+    "sequence_logits",
+    "stack_prefixes",
+]
+
+Prompts = LoweredPrompt | Sequence[LoweredPrompt] | None
+
+
+@dataclass(frozen=True)
+class PackedLoss:
+    """Attributes:
+    loss: mean cross-entropy over the labels, a scalar, in nats.
+    num_labels: how many labels there were.
+    """
+
+    loss: Tensor
+    num_labels: int
+
+
+@dataclass(frozen=True)
+class LabelHidden:
+    """Attributes:
+    hidden: [n, d], after the final norm: what the LM head reads to predict each label.
+    labels: int64 [n].
+    rows: int64 [n], the row of the batch each label stands in.
+    """
+
+    hidden: Tensor
+    labels: Tensor
+    rows: Tensor
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """A packed batch with its virtual tokens in place."""
+
+    embeds: Tensor  # [N, d]
+    positions: Tensor  # int64 [N]
+    text: Tensor  # int64 [tokens]: where each token of the batch stands among the N
+    before_text: Tensor  # int64 [rows]: the position that predicts a row's first token, -1 for none
+    cu_seqlens: Tensor  # int32
+    max_seqlen: int
+    prefix_rows: Tensor | None  # int32
+
+
+def packed_loss(
+    model: Any,
+    lowered: Prompts,
+    batch: PackedBatch,
+    *,
+    prompt_ids: Sequence[int] | None = None,
+    label_smoothing: float = 0.0,
+) -> PackedLoss:
+    """Mean cross-entropy of the labelled tokens of a batch, for training: gradients reach the prompts alone.
+
+    A label at a row's first token is predicted from the last virtual token; where there is none (a prefix, or no
+    prompt) nothing predicts it and it does not count, as in the stock computation.
+
+    Args:
+        model: a patched causal model whose LM head is frozen.
+        lowered: one prompt for all rows, several chosen by `prompt_ids`, or None for no prompt.
+        batch: with labels.
+        prompt_ids: [B], the prompt of each row; required exactly with several prompts.
+        label_smoothing: in [0, 1).
+
+    Raises:
+        InputError: the model is not patched or has no LM head, the prompt does not fit the model, the batch has no
+            label that can be predicted, or a row with its prompt is longer than the model's positions.
+    """
+    found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
+    hidden, weight, bias = _head(require_patched(model), found.hidden)
+    loss = linear_cross_entropy(hidden, weight, found.labels, bias=bias, label_smoothing=label_smoothing)
+    return PackedLoss(loss, found.labels.numel())
+
+
+def label_log_probs(
+    model: Any, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """log p of every labelled token: fp32 [n], and the row it stands in: int64 [n]. Arguments as in `packed_loss`."""
+    found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
+    hidden, weight, bias = _head(require_patched(model), found.hidden)
+    return -linear_cross_entropy(hidden, weight, found.labels, bias=bias, reduction="none"), found.rows
+
+
+def label_hidden(
+    model: Any, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
+) -> LabelHidden:
+    """The hidden states that predict the labels, in the order of the labels. Arguments as in `packed_loss`."""
+    spec = require_patched(model)
+    if spec.kind != "causal" or spec.lm_head is None:
+        raise InputError(f"expected a causal model with an LM head, got {type(model).__name__}")
+    if batch.labels is None:
+        raise InputError("expected a batch with labels, got none")
+    prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
+    layout = _lay_out(spec, prompts, ids, batch)
+    row_of_token = torch.repeat_interleave(
+        torch.arange(batch.num_rows, device=batch.labels.device), batch.cu_seqlens.diff().long()
+    )  # [tokens]
+    before = layout.text - 1  # [tokens]
+    first = batch.cu_seqlens[:-1][batch.cu_seqlens.diff() > 0].long()  # first token of every row that has one
+    before[first] = layout.before_text[row_of_token[first]]
+    wanted = (batch.labels != IGNORE_INDEX) & (before >= 0)  # [tokens]
+    predictors = before[wanted]  # [n]
+    if predictors.numel() == 0:
+        raise InputError("expected a batch with at least one label behind a token or a virtual token, got none")
+    hidden = _run(spec, layout, prompts, ids, hidden_rows=torch.unique(predictors))
+    return LabelHidden(hidden[predictors], batch.labels[wanted], row_of_token[wanted])
+
+
+def sequence_logits(
+    model: Any, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
+) -> Tensor:
+    """Logits [B, C] of an encoder's own sequence-classification head, read at each row's first token ([CLS]).
+
+    Virtual tokens stand before it in the row; the head still reads the first *text* token.
+
+    Raises:
+        InputError: the model is not patched or has no sequence-classification head, the prompt does not fit it, or a
+            row is empty.
+    """
+    spec = require_patched(model)
+    head = getattr(model, "classifier", None)
+    if spec.kind != "encoder" or head is None:
+        raise InputError(f"expected an encoder with a sequence-classification head, got {type(model).__name__}")
+    lengths = batch.cu_seqlens.diff()
+    if bool((lengths == 0).any()):
+        raise InputError(f"expected rows of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
+    prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
+    layout = _lay_out(spec, prompts, ids, batch)
+    hidden = _run(spec, layout, prompts, ids, token_type_ids=batch.token_type_ids)
+    first = hidden[layout.text[batch.cu_seqlens[:-1].long()]]  # [B, d]
+    pooler = getattr(spec.base_model, "pooler", None)
+    pooled = first if pooler is None else pooler(first[:, None])  # [B, d]
+    dropout = getattr(model, "dropout", None)
+    return head(pooled if dropout is None else dropout(pooled))  # [B, C]
+
+
+def capture_prefix(model: Any, virtual: VirtualTokens) -> KeyValuePrefix:
+    """Run virtual tokens once through a patched causal model and keep their keys and values of every layer."""
+    spec = require_patched(model)
+    if spec.kind != "causal":
+        raise InputError(f"expected a causal model, got {spec.model_type!r}: its virtual tokens depend on the text")
+    size = virtual.num_virtual_tokens
+    device = spec.word_embeddings.weight.device
+    check_fit(spec, virtual)
+    captured: dict[int, tuple[Tensor, Tensor]] = {}
+    context = PrefixContext(
+        cu_seqlens=torch.tensor([0, size], dtype=torch.int32, device=device),
+        max_seqlen=size,
+        hidden_rows=torch.zeros(1, dtype=torch.int64, device=device),
+        captured=captured,
+    )
+    _call(spec, virtual.embeds, torch.arange(size, device=device), context)
+    keys, values = zip(*(captured[layer] for layer in range(spec.num_layers)), strict=True)
+    return KeyValuePrefix(torch.stack(keys), torch.stack(values))  # [L, P, H_kv, D]
+
+
+def stack_prefixes(prefixes: Sequence[KeyValuePrefix]) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values [L, N, P, H_kv, D] of N prefixes padded to the longest, and their lengths int32 [N]."""
+    sizes = [prefix.num_virtual_tokens for prefix in prefixes]
+
+    def pad(x: Tensor) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, max(sizes) - x.shape[1]))  # [L, P, H_kv, D]
+
+    keys = torch.stack([pad(prefix.keys) for prefix in prefixes], dim=1)
+    values = torch.stack([pad(prefix.values) for prefix in prefixes], dim=1)
+    return keys, values, torch.tensor(sizes, dtype=torch.int32, device=keys.device)
+
+
+def _prompts(
+    spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, prompt_ids: Sequence[int] | None
+) -> tuple[list[LoweredPrompt], list[int]]:
+    """The prompts as a list and the prompt of every row, checked against each other and the model."""
+    if lowered is None:
+        if prompt_ids is not None:
+            raise InputError("expected prompts to go with prompt_ids, got None")
+        return [], [-1] * batch.num_rows
+    single = isinstance(lowered, VirtualTokens | KeyValuePrefix)
+    prompts: list[LoweredPrompt] = [lowered] if single else list(lowered)  # type: ignore[list-item, arg-type]
+    if single and prompt_ids is None:
+        prompt_ids = [0] * batch.num_rows
+    if prompt_ids is None:
+        raise InputError(f"expected prompt_ids to choose among {len(prompts)} prompts, got None")
+    ids = [int(prompt) for prompt in prompt_ids]
+    if len(ids) != batch.num_rows or any(not -1 <= prompt < len(prompts) for prompt in ids):
+        raise InputError(
+            f"expected {batch.num_rows} prompt_ids from -1 to {len(prompts) - 1}, got {len(ids)}: {ids[:8]}"
+        )
+    if len({type(prompt) for prompt in prompts}) > 1:
+        raise InputError("expected prompts of one kind in a batch, got virtual tokens and prefixes")
+    for prompt in prompts:
+        check_fit(spec, prompt)
+    return prompts, ids
+
+
+def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
+    """Refuse a prompt whose width, layers or heads are not those of the model."""
+    if isinstance(prompt, VirtualTokens):
+        if prompt.embeds.shape[1] != spec.hidden_size:
+            raise InputError(
+                f"expected virtual tokens of the model's width {spec.hidden_size}, got {prompt.embeds.shape[1]}"
+            )
+        return
+    expected = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
+    layers, _, heads, width = prompt.keys.shape
+    if (layers, heads, width) != expected:
+        raise InputError(
+            f"expected a prefix of {expected[0]} layers with {expected[1]} key-value heads of {expected[2]}, "
+            f"got {layers} with {heads} of {width}"
+        )
+
+
+def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], batch: PackedBatch) -> _Layout:
+    """Place virtual tokens, as rows of their own or in every row, and give every token its position."""
+    device = spec.word_embeddings.weight.device
+    batch = batch.to(device)
+    sizes = [prompt.num_virtual_tokens for prompt in prompts]
+    lengths = batch.cu_seqlens.diff().tolist()
+    virtual = [sizes[prompt] if prompt >= 0 else 0 for prompt in ids]  # virtual tokens before each row
+    too_long = [row for row, length in enumerate(lengths) if length + virtual[row] > spec.max_positions]
+    if too_long:
+        row = too_long[0]
+        raise InputError(
+            f"row {row}: expected at most {spec.max_positions} positions, got {virtual[row]} virtual tokens and "
+            f"{lengths[row]} tokens of text"
+        )
+    text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
+    row_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=device), batch.cu_seqlens.diff().long())
+    virtual_of_row = torch.tensor(virtual, dtype=torch.int64, device=device)  # [rows]
+    within = torch.arange(batch.num_tokens, device=device) - batch.cu_seqlens[:-1].long()[row_of_token]  # [tokens]
+    text_positions = virtual_of_row[row_of_token] + within  # [tokens]
+    nothing = torch.full((len(lengths),), -1, dtype=torch.int64, device=device)  # [rows]
+    if not prompts or isinstance(prompts[0], KeyValuePrefix):
+        text = torch.arange(batch.num_tokens, device=device)
+        return _Layout(
+            text_embeds, text_positions, text, nothing, batch.cu_seqlens, batch.max_seqlen, None
+        )  # fmt: skip
+    embeds = [
+        prompt.embeds.to(device=device, dtype=text_embeds.dtype)
+        for prompt in prompts
+        if isinstance(prompt, VirtualTokens)
+    ]
+    starts = torch.tensor([0, *sizes], device=device).cumsum(0)  # [N + 1], first virtual token of each prompt
+    prompt_of_row = torch.tensor(ids, device=device)  # [rows]
+    if spec.kind == "causal":
+        total = int(sum(sizes))
+        last = torch.where(prompt_of_row >= 0, starts[prompt_of_row + 1] - 1, nothing)  # [rows]
+        return _Layout(
+            embeds=torch.cat([*embeds, text_embeds]),
+            positions=torch.cat([*(torch.arange(size, device=device) for size in sizes), text_positions]),
+            text=total + torch.arange(batch.num_tokens, device=device),
+            before_text=last,
+            cu_seqlens=torch.cat([starts[:-1].to(torch.int32), batch.cu_seqlens + total]),
+            max_seqlen=max([batch.max_seqlen, *sizes]),
+            prefix_rows=torch.cat([torch.full_like(starts[:-1], -1), prompt_of_row]).to(torch.int32),
+        )
+    # A bidirectional backbone: [virtual tokens; text] in every row, gathered from prompts and texts laid end to end.
+    source = torch.cat([*embeds, text_embeds])  # [sum P_n + tokens, d]
+    spans, is_virtual = [], []
+    for row, prompt in enumerate(ids):
+        if prompt >= 0:
+            spans.append(torch.arange(int(starts[prompt]), int(starts[prompt + 1]), device=device))
+        begin = int(starts[-1]) + int(batch.cu_seqlens[row])
+        spans.append(torch.arange(begin, begin + lengths[row], device=device))
+        is_virtual += [True] * virtual[row] + [False] * lengths[row]
+    cu_seqlens = torch.nn.functional.pad((batch.cu_seqlens.diff() + virtual_of_row).cumsum(0), (1, 0)).to(torch.int32)
+    in_row = torch.tensor(is_virtual, dtype=torch.bool, device=device)  # [N]
+    row_of_position = torch.repeat_interleave(torch.arange(len(lengths), device=device), cu_seqlens.diff().long())
+    return _Layout(
+        embeds=source[torch.cat(spans)],
+        positions=torch.arange(in_row.numel(), device=device) - cu_seqlens[:-1].long()[row_of_position],
+        text=(~in_row).nonzero()[:, 0],
+        before_text=nothing,
+        cu_seqlens=cu_seqlens,
+        max_seqlen=int(cu_seqlens.diff().max()),
+        prefix_rows=None,
+    )
+
+
+def _run(
+    spec: BackboneSpec,
+    layout: _Layout,
+    prompts: list[LoweredPrompt],
+    ids: list[int],
+    *,
+    hidden_rows: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+) -> Tensor:
+    """Last hidden states [N, d] of the whole layout; those outside `hidden_rows` are meaningless."""
+    keys = values = lengths = prompt_ids = None
+    if prompts and isinstance(prompts[0], KeyValuePrefix):
+        device = layout.embeds.device
+        keys, values, lengths = stack_prefixes([prompt for prompt in prompts if isinstance(prompt, KeyValuePrefix)])
+        keys, values, lengths = keys.to(device), values.to(device), lengths.to(device)
+        prompt_ids = torch.tensor(ids, dtype=torch.int32, device=device)
+    context = PrefixContext(
+        keys=keys,
+        values=values,
+        prompt_ids=prompt_ids,
+        prefix_lengths=lengths,
+        prefix_rows=layout.prefix_rows,
+        cu_seqlens=layout.cu_seqlens,
+        max_seqlen=layout.max_seqlen,
+        hidden_rows=hidden_rows,
+    )
+    extra = {}
+    if token_type_ids is not None:
+        types = torch.zeros(layout.embeds.shape[0], dtype=torch.int64, device=layout.embeds.device)
+        types[layout.text] = token_type_ids.to(types.device)
+        extra["token_type_ids"] = types[None]
+    return _call(spec, layout.embeds, layout.positions, context, **extra)
+
+
+def _call(spec: BackboneSpec, embeds: Tensor, positions: Tensor, context: PrefixContext, **extra: Any) -> Tensor:
+    """The stock model without its head over one packed row; [N, d] -> [N, d]."""
+    embeds = embeds.to(device=spec.word_embeddings.weight.device, dtype=spec.word_embeddings.weight.dtype)
+    out = spec.base_model(
+        inputs_embeds=embeds[None],
+        position_ids=positions[None],
+        attention_mask=no_mask(embeds.device),
+        **cache_off(spec),
+        **{KEYWORD: context},
+        **extra,
+    )
+    return out.last_hidden_state[0]
+
+
+def _head(spec: BackboneSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states in the dtype of the LM head, its weight [V, d] and its bias [V] or None."""
+    head: Any = spec.lm_head
+    return hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None)
