@@ -1,0 +1,21 @@
+"""What is trained: prompts, their first numbers, and saving and loading them."""
+
+from ptengine.prompts.base import Prompt
+from ptengine.prompts.facts import BackboneFacts, backbone_facts
+from ptengine.prompts.io import load_prompt
+from ptengine.prompts.prefix import Prefix
+from ptengine.prompts.registry import create, methods, prompt_class, register
+from ptengine.prompts.soft_prompt import SoftPrompt
+
+__all__ = [
+    "BackboneFacts",
+    "Prefix",
+    "Prompt",
+    "SoftPrompt",
+    "backbone_facts",
+    "create",
+    "load_prompt",
+    "methods",
+    "prompt_class",
+    "register",
+]

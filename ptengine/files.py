@@ -1,0 +1,154 @@
+"""Files that are either wholly there or not there at all.
+
+Every file the engine leaves behind goes through here: written under a temporary name in its own directory, fsynced,
+renamed over its final name, and the directory fsynced. A crash, a full disk or a kill at any moment leaves the previous
+file as it was. Knows bytes, json and safetensors; nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+from torch import Tensor
+
+from ptengine.errors import InputError
+
+__all__ = [
+    "json_bytes",
+    "make_directory",
+    "safetensors_bytes",
+    "save_safetensors_atomic",
+    "sync_directory",
+    "write_atomic",
+    "write_json_atomic",
+    "write_together",
+]
+
+Content = bytes | Callable[[BinaryIO], object]
+
+TEMPORARY_PREFIX = ".tmp-"
+
+# The mask can only be read by setting it, which is not safe once other threads create files: read it once, at import.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
+
+
+def write_atomic(path: str | os.PathLike[str], content: Content) -> Path:
+    """Replace the file at `path` in one step.
+
+    Args:
+        path: final name; its directory must exist.
+        content: the bytes, or a function that writes them to an open binary file.
+
+    Returns:
+        The path written.
+
+    Raises:
+        OSError: the write failed (or whatever `content` raised); the temporary file is removed and what stood at
+            `path` before is untouched.
+    """
+    path = Path(path)
+    write_together(path.parent, {path.name: content})
+    return path
+
+
+def write_together(directory: str | os.PathLike[str], contents: Mapping[str, Content]) -> None:
+    """Replace several files of one directory: all are written and fsynced first, then renamed in the order given.
+
+    No file is replaced unless every one could be written. Each rename is atomic, the row of them is not: a kill between
+    two renames leaves the files before it new and those after it old, so the file that decides comes last.
+
+    Raises:
+        OSError: as `write_atomic`; no temporary file stays behind.
+    """
+    directory = Path(directory)
+    staged: dict[str, str] = {}
+    try:
+        for name, content in contents.items():
+            handle, staged[name] = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{name}-", dir=directory)
+            with os.fdopen(handle, "wb") as file:
+                if callable(content):
+                    content(file)
+                else:
+                    file.write(content)
+                file.flush()
+                # mkstemp makes the file private; the final file gets the permissions of an ordinary new one.
+                os.fchmod(file.fileno(), 0o666 & ~_UMASK)
+                os.fsync(file.fileno())
+        for name in contents:
+            os.replace(staged[name], directory / name)
+            del staged[name]
+    finally:
+        for temporary in staged.values():
+            Path(temporary).unlink(missing_ok=True)
+    sync_directory(directory)
+
+
+def write_json_atomic(
+    path: str | os.PathLike[str], value: Any, *, indent: int | None = 2, sort_keys: bool = False
+) -> Path:
+    """Replace the file at `path` by `value` as UTF-8 json, ending in a newline; NaN and infinity are refused.
+
+    Raises:
+        ValueError, TypeError: `value` has no json form; nothing is written.
+        OSError: as `write_atomic`.
+    """
+    return write_atomic(path, json_bytes(value, indent=indent, sort_keys=sort_keys))
+
+
+def save_safetensors_atomic(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Replace the file at `path` by `tensors`, moved to CPU and made contiguous, dtypes kept.
+
+    Raises:
+        OSError: as `write_atomic`.
+    """
+    return write_atomic(path, safetensors_bytes(tensors, metadata))
+
+
+def json_bytes(value: Any, *, indent: int | None = 2, sort_keys: bool = False) -> bytes:
+    """`value` as UTF-8 json with a newline at the end.
+
+    Raises:
+        ValueError, TypeError: `value` has no json form (NaN and infinity have none).
+    """
+    text = json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False, ensure_ascii=False)
+    return (text + "\n").encode()
+
+
+def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """`tensors` in the safetensors format, dtypes kept; tensors that share memory are written separately."""
+    plain = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(plain, metadata=dict(metadata) if metadata else None)
+
+
+def make_directory(path: str | os.PathLike[str]) -> Path:
+    """Make the directory `path` and its parents unless they exist.
+
+    Raises:
+        InputError: something that is not a directory stands in the way, or it may not be written.
+    """
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"expected a directory to write to, got {str(path)!r}: {error.strerror or error}") from error
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise InputError(f"expected a directory to write to, got {str(path)!r}: permission denied")
+    return path
+
+
+def sync_directory(path: str | os.PathLike[str]) -> None:
+    """Make renames inside the directory `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
