@@ -31,7 +31,7 @@ def block_forward(
     """
     k, v = _expand_heads(k, q), _expand_heads(v, q)  # [G, H, Tk, D]
     if _fused(q, v, softcap):
-        bias = _full_bias(bias, q, k)
+        q, k, v, bias = _unit_stride(q), _unit_stride(k), _unit_stride(v), _full_bias(bias, q, k)
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
         if bias is not None:  # the fused kernel reports 0 where nothing is seen
             lse = lse.masked_fill((bias == float("-inf")).all(-1), float("-inf"))
@@ -57,6 +57,7 @@ def block_backward(
     kv_heads = k.shape[1]
     k, v, lse = _expand_heads(k, q), _expand_heads(v, q), _finite(lse)
     if _fused(q, v, softcap):
+        q, k, v, out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out)
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_bias(bias, q, k), scale=scale
         )
@@ -74,6 +75,11 @@ def block_backward(
 def _fused(q: Tensor, v: Tensor, softcap: float | None) -> bool:
     """Whether PyTorch's fused CPU kernel computes this rectangle: it knows no capping and one width for q, k and v."""
     return q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1] and q.numel() > 0 and v.numel() > 0
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """The fused kernel takes numbers of one head to be neighbours in memory and is silently wrong where they are not."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _scores(

@@ -85,7 +85,8 @@ class DenseBlock:
     q_len: int
     k_len: int
     causal: bool
-    hidden: Tensor | None  # bool [B or 1, Tq, Tk]: padding, and causality where it is not plain
+    hidden: Tensor | None  # bool [B, Tq, Tk]: padding, and causality where it is not plain
+    padding: Tensor | None  # bool [B, Tk]: slots that hold no token
     first_position: Tensor  # int64 [B]: position of the key in slot 0 (negative under left padding)
 
     def hidden_keys(self, positional: bool) -> Tensor | None:
@@ -93,12 +94,16 @@ class DenseBlock:
 
     def take_queries(self, x: Tensor) -> Tensor:
         """[B * Tq, H, D] -> [B, H, Tq, D]"""
-        return x.unflatten(0, (self.batch, self.q_len)).transpose(1, 2)
+        return self._without_padding(x.unflatten(0, (self.batch, self.q_len)).transpose(1, 2))
 
     take_gradients = take_queries
 
     def take_keys(self, x: Tensor) -> Tensor:
-        return x
+        return self._without_padding(x)
+
+    def _without_padding(self, x: Tensor) -> Tensor:
+        """Zeros in padded slots of [B, H, T, D]: what lies there may be anything, and a weight of 0 times NaN is NaN."""
+        return x if self.padding is None else x.masked_fill(self.padding[:, None, -x.shape[2] :, None], 0.0)
 
     def take_lse(self, lse: Tensor) -> Tensor:
         """[H, B * Tq] -> [B, H, Tq]"""
@@ -222,10 +227,11 @@ def plan_dense(
     starts, ends = torch.tensor(key_starts, device=device), torch.tensor(key_lengths, device=device)  # [B]
     slot = torch.arange(k_len, device=device)  # [Tk]
     first_position = torch.tensor(prefix_of_row, device=device) - starts  # [B]
-    hidden = None
+    hidden = padding = None
     if bounded or (causal and q_len not in (1, k_len)):
         inside = (slot >= starts[:, None]) & (slot < ends[:, None])  # [B, Tk]
         hidden = ~(inside[:, gap:, None] & inside[:, None, :])  # [B, Tq, Tk]
+        padding = ~inside if bounded else None
         if causal:
             hidden |= slot[gap:, None] < slot
     prefixes = []
@@ -241,7 +247,7 @@ def plan_dense(
     own: tuple[OwnBlock, ...] = ()
     if batch and q_len:
         plain_causal = causal and hidden is None and q_len > 1
-        own = (DenseBlock(batch, q_len, k_len, plain_causal, hidden, first_position),)
+        own = (DenseBlock(batch, q_len, k_len, plain_causal, hidden, padding, first_position),)
     positions = (first_position[:, None] + slot[gap:]).flatten()  # [B * Tq]
     return Plan(own, tuple(prefixes), positions)
 

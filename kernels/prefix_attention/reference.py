@@ -40,7 +40,7 @@ def prefix_attention_varlen(
         outs.append(out)
         lses.append(lse)
     if not outs:
-        return q.new_zeros(0, q.shape[1], v.shape[2]), q.new_zeros(q.shape[1], 0, dtype=torch.float32)
+        return _attend(q, k, v, k, v, 0, rules)  # of no tokens, and part of the graph all the same
     return torch.cat(outs), torch.cat(lses, dim=1)  # [total, H, D_v], [H, total]
 
 
@@ -82,7 +82,8 @@ def prefix_attention(
         rows_out.append(torch.nn.functional.pad(out, (0, 0, 0, 0, *padding)).transpose(0, 1))  # [H, Tq, D_v]
         rows_lse.append(torch.nn.functional.pad(lse, padding, value=float("-inf")))  # [H, Tq]
     if not rows_out:
-        return q.new_zeros(0, heads, q_len, v.shape[3]), q.new_zeros(0, heads, q_len, dtype=torch.float32)
+        lse = q.new_zeros(0, heads, q_len, dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+        return q[..., :1] * v.new_zeros(v.shape[3]), lse
     return torch.stack(rows_out), torch.stack(rows_lse)
 
 
@@ -92,7 +93,7 @@ def _prompt(
     """Keys and values [P_n, H_kv, D] of the prompt that `row` reads; none of length 0."""
     prompt = 0 if prompt_ids is None else int(prompt_ids[row])
     if prompt < 0:
-        return prefix_k[0, :0], prefix_v[0, :0]
+        return prefix_k.flatten(0, 1)[:0], prefix_v.flatten(0, 1)[:0]
     length = prefix_k.shape[1] if prefix_lengths is None else int(prefix_lengths[prompt])
     return prefix_k[prompt, :length], prefix_v[prompt, :length]
 

@@ -30,8 +30,9 @@ def forward(
     """Returns out [M, H, D_v] in q's dtype and the log-sum-exp [H, M] in fp32 (fp64 for fp64)."""
     dtype = _compute_dtype(q)
     qc, kc, vc = q.to(dtype), k.to(dtype), v.to(dtype)
-    out = torch.zeros(q.shape[0], q.shape[1], v.shape[-1], dtype=dtype, device=q.device)  # [M, H, D_v]
-    lse = torch.full((q.shape[1], q.shape[0]), float("-inf"), dtype=dtype, device=q.device)  # [H, M]
+    # Own rectangles cover every token, so nothing needs to be cleared first.
+    out = torch.empty(q.shape[0], q.shape[1], v.shape[-1], dtype=dtype, device=q.device)  # [M, H, D_v]
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=dtype, device=q.device)  # [H, M]
 
     for own in plan.own:
         o, l = block_forward(  # noqa: E741
@@ -80,9 +81,13 @@ def backward(
     dtype = _compute_dtype(q)
     gc, qc, kc, vc, oc = grad.to(dtype), q.to(dtype), k.to(dtype), v.to(dtype), out.to(dtype)
     lse = lse.to(dtype)
-    dq, dk, dv = torch.zeros_like(qc), torch.zeros_like(kc), torch.zeros_like(vc)
-    dpk = None if prefix_k is None else torch.zeros_like(prefix_k, dtype=dtype)
-    dpv = None if prefix_v is None else torch.zeros_like(prefix_v, dtype=dtype)
+    # Own rectangles cover every query and key, so nothing needs to be cleared first (without queries there are none).
+    blank = torch.empty_like if rows_need_grad and plan.own else torch.zeros_like
+    dq, dk, dv = (blank(x, memory_format=torch.contiguous_format) for x in (qc, kc, vc))
+    dpk, dpv = (
+        None if x is None else torch.zeros_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+        for x in (prefix_k, prefix_v)
+    )
 
     for own in plan.own if rows_need_grad else ():
         gq, gk, gv = block_backward(

@@ -17,6 +17,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ptengine.backbone import last_layer
+from ptengine.errors import InputError
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 
 __all__ = ["IMPLEMENTATION", "KEYWORD", "PrefixContext"]
@@ -73,14 +74,22 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, [B, Tq, H, D_v]."""
     context = ptengine_prefix
+    last_layer.announce(module, None if context is None else context.hidden_rows)
     if context is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if dropout:
+        raise InputError(
+            f"expected a backbone in eval mode, got attention dropout of {dropout}: dropout is not drawn over a shared "
+            "prefix (for gradient checkpointing put the layers alone in training mode)"
+        )
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # As the stock SDPA under autocast: rotary embeddings leave float32 queries and keys beside bf16 values.
+        query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
     causal = bool(getattr(module, "is_causal", True))
-    if context.hidden_rows is not None:
-        last_layer.announce(module, context.hidden_rows)
     prefix_k, prefix_v = context.prefix(layer, query.dtype)
     if context.cu_seqlens is None:
         out = prefix_attention(

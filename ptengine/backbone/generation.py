@@ -39,7 +39,7 @@ _REFUSED = {
 
 def generate(
     model: Any,
-    prompt: _Prompt | LoweredPrompt | Sequence[_Prompt | LoweredPrompt] | None,
+    prompt: _Prompt | LoweredPrompt | Sequence[_Prompt | LoweredPrompt | None] | None,
     inputs: Inputs,
     tokenizer: Any = None,
     **generation_kwargs: Any,
@@ -49,7 +49,7 @@ def generate(
     Args:
         model: a supported causal model; it is patched for the call if it is not yet.
         prompt: one prompt for all inputs, a list with one prompt per input (an object given several times runs once),
-            or None for the frozen model alone.
+            or None, as the prompt or in the list, for the frozen model alone.
         inputs: a text, texts, lists of token ids, an int64 tensor [B, T] without padding, or a mapping with `input_ids`
             and `attention_mask` [B, T], padded on any side. Every input needs at least one token.
         tokenizer: needed for texts; also gives the padding token.
@@ -154,7 +154,7 @@ def _prefixes(model: Any, spec: BackboneSpec, prompt: Any, batch: int) -> tuple[
     per_row = list(prompt) if isinstance(prompt, list | tuple) else [prompt] * batch
     if len(per_row) != batch:
         raise InputError(f"expected one prompt or one per input ({batch}), got {len(per_row)}")
-    distinct = {id(one): one for one in per_row}
+    distinct = {id(one): one for one in per_row if one is not None}
     order = {key: index for index, key in enumerate(distinct)}
     prefixes = []
     for one in distinct.values():
@@ -163,7 +163,7 @@ def _prefixes(model: Any, spec: BackboneSpec, prompt: Any, batch: int) -> tuple[
         prefixes.append(lowered if isinstance(lowered, KeyValuePrefix) else capture_prefix(model, lowered))
     device = spec.word_embeddings.weight.device
     prefixes = [KeyValuePrefix(prefix.keys.to(device), prefix.values.to(device)) for prefix in prefixes]
-    return prefixes, [order[id(one)] for one in per_row]
+    return prefixes, [-1 if one is None else order[id(one)] for one in per_row]
 
 
 def _padding_token(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> int:

@@ -42,8 +42,11 @@ class _Link:
 HookHandle = RemovableHandle | _Link
 
 
-def announce(attention: nn.Module, rows: Tensor) -> None:
-    """Tell the MLP that follows `attention` which packed positions, int64 [n], are wanted."""
+def announce(attention: nn.Module, rows: Tensor | None) -> None:
+    """Tell the MLP that follows `attention` which packed positions, int64 [n], are wanted; None for all.
+
+    Every call announces, or a call that was cut short (an interrupt, a failure) would narrow the next one.
+    """
     if hasattr(attention, _LINK):
         _announced.rows = rows
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ __all__ = ["is_patched", "patch", "patched", "require_patched", "unpatch", "with
 
 _STATE = "_ptengine_state"
 _PREPARE = "prepare_inputs_for_generation"
+_patched_models: WeakSet[Any] = WeakSet()
 
 # The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B]).
 _generating: ContextVar[tuple[PrefixContext, Tensor] | None] = ContextVar("ptengine_generating", default=None)
@@ -38,6 +40,7 @@ class _State:
     implementations: list[tuple[Any, str | None]]
     spec: BackboneSpec
     handles: list[Any] = field(default_factory=list)
+    prepare: dict[str, Any] = field(default_factory=dict)  # the instance's own attribute, where somebody had set one
 
 
 def patch(model: Any) -> Any:
@@ -52,8 +55,10 @@ def patch(model: Any) -> Any:
     if is_patched(model):
         return model
     spec = backbone_spec(model)
-    state = _State([(config, config._attn_implementation) for config in _configs(model)], spec)
+    state = _State([(config, _implementation_before(config)) for config in _configs(model)], spec)
+    state.prepare = {name: value for name, value in vars(model).items() if name == _PREPARE}
     setattr(model, _STATE, state)
+    _patched_models.add(model)
     try:
         for config, _ in state.implementations:
             config._attn_implementation = IMPLEMENTATION
@@ -73,11 +78,14 @@ def unpatch(model: Any) -> Any:
     state: _State | None = model.__dict__.get(_STATE)
     if state is None:
         return model
+    _patched_models.discard(model)
     for config, implementation in state.implementations:
-        config._attn_implementation = implementation
+        if not any(config is other for other, _ in _routed()):
+            config._attn_implementation = implementation
     for handle in state.handles:
         handle.remove()
     model.__dict__.pop(_PREPARE, None)
+    model.__dict__.update(state.prepare)
     delattr(model, _STATE)
     return model
 
@@ -102,13 +110,19 @@ def require_patched(model: Any) -> BackboneSpec:
     """The facts of a patched model.
 
     Raises:
-        InputError: the model is not patched.
+        InputError: the model is not patched, or its attention implementation was changed since.
     """
     state: _State | None = getattr(model, "__dict__", {}).get(_STATE)
     if state is None:
         raise InputError(
             f"expected a patched model, got a stock {type(model).__name__}: call ptengine.patch(model) first"
         )
+    for config, _ in state.implementations:
+        if config._attn_implementation != IMPLEMENTATION:
+            raise InputError(
+                f"expected the attention implementation {IMPLEMENTATION!r} of a patched model, got "
+                f"{config._attn_implementation!r}: it was changed after patch; unpatch and patch again"
+            )
     return state.spec
 
 
@@ -126,6 +140,16 @@ def _configs(model: nn.Module) -> list[Any]:
     """Every configuration object in the model, once: some families keep one per stack."""
     found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _routed() -> list[tuple[Any, str | None]]:
+    """The configurations of all patched models and what they had before: models built from one object share it."""
+    return [pair for model in _patched_models for pair in model.__dict__[_STATE].implementations]
+
+
+def _implementation_before(config: Any) -> str | None:
+    """The implementation to put back one day, not the one that another model's patch left in a shared configuration."""
+    return next((before for other, before in _routed() if other is config), config._attn_implementation)
 
 
 @torch.no_grad()
@@ -187,7 +211,9 @@ def _wrap_prepare(prepare: Any) -> Any:
         if active is None:
             return inputs
         context, virtual_tokens = active
-        mask = kwargs["attention_mask"]  # [B, T so far]
+        mask = kwargs.get("attention_mask")  # [B, T so far]
+        if mask is None:  # generate drops a mask of ones
+            mask = torch.ones_like(input_ids)  # [B, T so far]
         step = (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
         shift = virtual_tokens.repeat_interleave(mask.shape[0] // virtual_tokens.numel())[:, None]  # [B, 1]
         positions = (shift + mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T so far]

@@ -122,6 +122,7 @@ def label_hidden(
     spec = require_patched(model)
     if spec.kind != "causal" or spec.lm_head is None:
         raise InputError(f"expected a causal model with an LM head, got {type(model).__name__}")
+    batch = batch.to(spec.word_embeddings.weight.device)
     if batch.labels is None:
         raise InputError("expected a batch with labels, got none")
     prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
@@ -227,7 +228,11 @@ def _prompts(
 
 
 def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
-    """Refuse a prompt whose width, layers or heads are not those of the model."""
+    """Refuse a prompt that is longer than the model's positions or whose width, layers or heads are not the model's."""
+    if prompt.num_virtual_tokens > spec.max_positions:
+        raise InputError(
+            f"expected at most {spec.max_positions} positions, got a prompt of {prompt.num_virtual_tokens} virtual tokens"
+        )
     if isinstance(prompt, VirtualTokens):
         if prompt.embeds.shape[1] != spec.hidden_size:
             raise InputError(
@@ -235,12 +240,13 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
             )
         return
     expected = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
-    layers, _, heads, width = prompt.keys.shape
-    if (layers, heads, width) != expected:
-        raise InputError(
-            f"expected a prefix of {expected[0]} layers with {expected[1]} key-value heads of {expected[2]}, "
-            f"got {layers} with {heads} of {width}"
-        )
+    for name, x in (("keys", prompt.keys), ("values", prompt.values)):
+        layers, _, heads, width = x.shape
+        if (layers, heads, width) != expected:
+            raise InputError(
+                f"expected prefix {name} of {expected[0]} layers with {expected[1]} key-value heads of {expected[2]}, "
+                f"got {layers} with {heads} of {width}"
+            )
 
 
 def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], batch: PackedBatch) -> _Layout:
@@ -277,7 +283,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     prompt_of_row = torch.tensor(ids, device=device)  # [rows]
     if spec.kind == "causal":
         total = int(sum(sizes))
-        last = torch.where(prompt_of_row >= 0, starts[prompt_of_row + 1] - 1, nothing)  # [rows]
+        last = torch.where(virtual_of_row > 0, starts[prompt_of_row + 1] - 1, nothing)  # [rows]
         return _Layout(
             embeds=torch.cat([*embeds, text_embeds]),
             positions=torch.cat([*(torch.arange(size, device=device) for size in sizes), text_positions]),

@@ -1,0 +1,43 @@
+"""Data: from a file or a list to rows of tokens, and from rows to packed batches.
+
+The way through, each step on its own:
+
+1. `load_rows` reads csv, json, jsonl, parquet, a list of dicts or a `datasets.Dataset` into a `datasets.Dataset`.
+2. A task says what a row means: `ClassificationTask` (a causal model names the label: `Template` and `Verbalizer`),
+   `GenerationTask` (a causal model writes the target), `SequenceClassificationTask` (an encoder with a trained head).
+   ``task.encode(dataset, tokenizer, max_tokens=...)`` gives an `EncodedSplit`.
+3. `ShuffledBatches` orders the rows, exactly resumable, and `collate` packs them into a batch for the backbone.
+4. `classification_metrics` and `generation_metrics` judge what came back.
+
+Whatever is wrong with the data is one `InputError` that names the file, row and column. Rows are counted from 0.
+Nothing here knows a model, a prompt or a trainer, and nothing reaches the network.
+"""
+
+from __future__ import annotations
+
+from ptengine.data.collation import BatchIndices, ShuffledBatches, collate
+from ptengine.data.encoding import EncodedRow, EncodedSplit
+from ptengine.data.metrics import classification_metrics, generation_metrics
+from ptengine.data.sources import check_columns, load_rows
+from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task
+from ptengine.data.templates import Template
+from ptengine.data.verbalizers import BoundVerbalizer, Verbalizer
+
+__all__ = [
+    "BatchIndices",
+    "BoundVerbalizer",
+    "ClassificationTask",
+    "EncodedRow",
+    "EncodedSplit",
+    "GenerationTask",
+    "SequenceClassificationTask",
+    "ShuffledBatches",
+    "Task",
+    "Template",
+    "Verbalizer",
+    "check_columns",
+    "classification_metrics",
+    "collate",
+    "generation_metrics",
+    "load_rows",
+]

@@ -1,0 +1,8 @@
+"""Training: one prompt against a frozen backbone, resumable exactly, and the evaluation of what came out."""
+
+from ptengine.training.config import TrainingConfig
+from ptengine.training.evaluation import evaluate, load_head
+from ptengine.training.objective import EvalResult
+from ptengine.training.trainer import Trainer, TrainingResult
+
+__all__ = ["EvalResult", "Trainer", "TrainingConfig", "TrainingResult", "evaluate", "load_head"]

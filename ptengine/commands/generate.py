@@ -1,0 +1,142 @@
+"""`ptengine generate`: texts, or labels, for new rows behind a tuned prompt."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from ptengine.commands import Outcome
+from ptengine.commands.options import add_model_arguments, number, whole
+from ptengine.commands.session import Session, add_prompt_argument, open_prompt
+from ptengine.errors import InputError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from ptengine.data import GenerationTask
+
+EXAMPLE = """  ptengine generate --prompt out --text "You have won a free phone, call now"
+  ptengine generate --prompt out --column source="name[Aromi], food[Chinese]" --max-new-tokens 40
+  ptengine generate --prompt out --data rows.jsonl --json"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_prompt_argument(parser)
+    rows = parser.add_argument_group("rows", "one of:")
+    rows.add_argument("--text", metavar="TEXT", action="append", help="the template's only column; may be repeated")
+    rows.add_argument("--column", metavar="NAME=TEXT", action="append", help="one row, column by column")
+    rows.add_argument("--data", metavar="FILE", help="rows of a csv, json, jsonl or parquet file")
+    writing = parser.add_argument_group("writing", "for generation tasks; a classification task answers with a label")
+    writing.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="longest text (default: 64)")
+    writing.add_argument("--num-beams", type=whole(1), metavar="N", help="beams (default: 1)")
+    writing.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
+    writing.add_argument("--temperature", type=number, metavar="X", help="of sampling, above 0 (default: 1)")
+    writing.add_argument("--top-p", type=number, metavar="X", help="of sampling, above 0, at most 1 (default: 1)")
+    writing.add_argument("--seed", type=whole(0), metavar="N", help="of sampling (default: 0)")
+    parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="rows per forward (default: 32)")
+    add_model_arguments(parser, "the one the prompt was tuned for")
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    sampling = _writing_options(args)
+    given = [name for name in ("text", "column", "data") if getattr(args, name) is not None]
+    if len(given) != 1:
+        raise InputError(f"expected one of --text, --column and --data, got {' and '.join(given) or 'none'}")
+    session = open_prompt(args)
+    dataset = _rows(args, session)
+    source = args.data or f"--{given[0]}"
+    if session.task.kind == "generation":
+        texts = _write(session, dataset, source, args.batch_size, args.seed or 0, sampling)
+    else:
+        unused = [
+            f"--{name.replace('_', '-')}" for name in (*sampling, "seed") if sampling.get(name) or getattr(args, name)
+        ]
+        if unused:
+            raise InputError(f"expected {unused[0]} for a generation task only, got a task of {session.task.kind}")
+        texts = _label(session, dataset, source, args.batch_size)
+    return Outcome({"command": "generate", "prompt": args.prompt, "texts": texts}, tuple(texts))
+
+
+def _writing_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of transformers' generate that were given."""
+    for name, high in (("temperature", float("inf")), ("top_p", 1.0)):
+        value = getattr(args, name)
+        option = f"--{name.replace('_', '-')}"
+        if value is not None and not 0 < value <= high:
+            raise InputError(f"expected {option} above 0{' and at most 1' if high == 1 else ''}, got {value}")
+        if value is not None and not args.do_sample:
+            raise InputError(f"expected --do-sample with {option}, got {option} alone")
+    names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
+    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False)}
+
+
+def _rows(args: argparse.Namespace, session: Session) -> Dataset:
+    from ptengine.data import load_rows
+
+    if args.data is not None:
+        return load_rows(args.data)
+    columns = _text_columns(session)
+    if args.text is not None:
+        if len(columns) != 1:
+            raise InputError(f"expected --column for each of {', '.join(columns)}, got --text")
+        return load_rows([{columns[0]: text} for text in args.text], name="--text")
+    row = {}
+    for entry in args.column:
+        name, equals, text = entry.partition("=")
+        if not equals:
+            raise InputError(f"expected --column as NAME=TEXT, got {entry!r}")
+        if name not in columns or name in row:
+            raise InputError(f"expected each of the columns {', '.join(columns)} once, got --column {name!r}")
+        row[name] = text
+    missing = [name for name in columns if name not in row]
+    if missing:
+        raise InputError(f"expected each of the columns {', '.join(columns)} once, got no --column {missing[0]!r}")
+    return load_rows([row], name="--column")
+
+
+def _text_columns(session: Session) -> list[str]:
+    """The columns of a row that are there before its answer is known."""
+    task: Any = session.task
+    answer = task.target_column if task.kind == "generation" else task.label_column
+    return [name for name in task.columns if name != answer]
+
+
+def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> list[str]:
+    from ptengine.data import check_columns
+    from ptengine.training import evaluate
+
+    columns, task = _text_columns(session), session.task
+    check_columns(dataset, columns, source)
+    # Scoring needs some label in every row; no prediction depends on it.
+    rows = dataset.select_columns(columns).add_column(task.label_column, [task.labels[0]] * len(dataset))  # type: ignore
+    return evaluate(session.model, session.prompt, task, rows, session.tokenizer, batch_size=batch_size).predictions
+
+
+def _write(
+    session: Session, dataset: Dataset, source: str, batch_size: int, seed: int, options: dict[str, Any]
+) -> list[str]:
+    import torch
+
+    from ptengine.backbone import backbone_spec, generate
+    from ptengine.data.encoding import encode_texts, plain_columns
+
+    task: GenerationTask = session.task  # type: ignore[assignment]
+    options = {"max_new_tokens": 64, **options}
+    columns = plain_columns(dataset, task.template.columns, source)
+    rows, _ = encode_texts(
+        task.template,
+        columns,
+        session.tokenizer,
+        reserved=[options["max_new_tokens"]] * len(dataset),
+        max_tokens=backbone_spec(session.model).max_positions - session.prompt.num_virtual_tokens,
+        truncation=False,
+        source_name=source,
+    )
+    torch.manual_seed(seed)
+    texts: list[str] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        written = generate(session.model, session.prompt, part, session.tokenizer, **options)  # [B, T + new]
+        longest = max(len(row) for row in part)
+        texts += session.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+    return texts

@@ -1,0 +1,168 @@
+"""Models and tokenizers from folders, with one clear error for whatever is wrong with one.
+
+Nothing here reaches the network.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptengine.backbone.spec import SUPPORTED_MODEL_TYPES
+from ptengine.errors import InputError, UnsupportedModelError
+
+__all__ = ["OPERATIONS", "import_operations", "load_for_report", "load_model", "load_tokenizer", "pick_device"]
+
+OPERATIONS = ("linear_cross_entropy", "prefix_attention", "prefix_concat")
+
+
+def import_operations() -> None:
+    """Import every operation's package, which registers its implementations."""
+    for name in OPERATIONS:
+        importlib.import_module(f"ptengine.kernels.{name}")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or CUDA where there is one and else the CPU; and a check that operations can run on it.
+
+    Raises:
+        InputError: no such device, or the environment forces a backend that an operation does not have there.
+    """
+    from ptengine.kernels.dispatch import operations, resolve_backend
+
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own, by device type
+        raise InputError(f"expected --device, a device of this machine, got {name!r}") from error
+    import_operations()
+    for operation in operations():
+        try:
+            resolve_backend(None, device, operation)
+        except ValueError as error:
+            raise InputError(str(error)) from error
+    return device
+
+
+def load_tokenizer(path: str | None, model_path: str | None) -> Any:
+    """The tokenizer in the folder `path`, by default that of the model, by default the embedded one.
+
+    Raises:
+        InputError: there is no such folder or no tokenizer in it.
+    """
+    from transformers import AutoTokenizer
+
+    folder = _folder(path, "--tokenizer") if path is not None else _model_folder(model_path)
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many types, several per defect
+        raise InputError(f"expected a tokenizer in {str(folder)!r}, got: {_first_line(error)}") from error
+
+
+def load_model(path: str | None, device: torch.device, dtype: str, labels: int | None = None, seed: int = 0) -> Any:
+    """The model in the folder `path`, by default the embedded one.
+
+    Args:
+        path: folder of a transformers checkpoint.
+        device: where it goes.
+        dtype: name of its dtype.
+        labels: classes of a sequence-classification head, made new where the checkpoint has none; None loads a model
+            with its language-modelling head.
+        seed: of a new head.
+
+    Raises:
+        InputError: there is no such folder, no checkpoint in it, or one that lacks weights of the model; or the model
+            is not of the kind the head is for.
+        UnsupportedModelError: the model type is not supported.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    folder, model_type = _read_config(path)
+    kind = SUPPORTED_MODEL_TYPES[model_type]
+    if kind == "encoder" and labels is None:
+        raise InputError(
+            f"expected --text-column with the encoder {model_type!r} in {str(folder)!r}, which cannot write words"
+        )
+    if kind == "causal" and labels is not None:
+        raise InputError(
+            f"expected --template with the causal model {model_type!r} in {str(folder)!r}; --text-column is for BERT"
+        )
+    torch.manual_seed(seed)
+    if labels is None:
+        return _load(AutoModelForCausalLM, folder, device, dtype)
+    return _load(AutoModelForSequenceClassification, folder, device, dtype, num_labels=labels)
+
+
+def load_for_report(path: str, device: torch.device, dtype: str) -> Any:
+    """The model in the folder `path` with whatever head its family needs to be patched; raises as `load_model`."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    folder, model_type = _read_config(path)
+    auto = AutoModelForCausalLM if SUPPORTED_MODEL_TYPES[model_type] == "causal" else AutoModel
+    return _load(auto, folder, device, dtype)
+
+
+def _read_config(path: str | None) -> tuple[Path, str]:
+    """The folder of the model and its type, which is supported."""
+    from transformers import AutoConfig
+
+    folder = _model_folder(path)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as for tokenizers
+        raise InputError(f"expected a transformers checkpoint in {str(folder)!r}, got: {_first_line(error)}") from error
+    if config.model_type not in SUPPORTED_MODEL_TYPES:
+        raise UnsupportedModelError(
+            f"expected a model type out of {', '.join(sorted(SUPPORTED_MODEL_TYPES))}, "
+            f"got {config.model_type!r} in {str(folder)!r}"
+        )
+    return folder, config.model_type
+
+
+def _load(auto: Any, folder: Path, device: torch.device, dtype: str, **options: Any) -> Any:
+    from transformers.utils import logging
+
+    # What would be reported here, missing weights above all, is checked below instead.
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    options |= {"local_files_only": True, "dtype": getattr(torch, dtype), "output_loading_info": True}
+    try:
+        model, info = auto.from_pretrained(folder, **options)
+    except Exception as error:  # as for tokenizers
+        raise InputError(f"expected the weights of a model in {str(folder)!r}, got: {_first_line(error)}") from error
+    _require_whole(model, info["missing_keys"], folder, new_head="num_labels" in options)
+    return model.to(device)
+
+
+def _require_whole(model: Any, missing: Iterable[str], folder: Path, new_head: bool) -> None:
+    """transformers fills weights that a checkpoint lacks with random numbers; only a new head may start from those."""
+    inside = f"{model.base_model_prefix}."
+    lost = sorted(name for name in missing if name.startswith(inside) or not new_head)
+    if lost:
+        raise InputError(
+            f"expected all weights of the frozen model in {str(folder)!r}, but {len(lost)} are missing, "
+            f"the first {lost[0]!r}"
+        )
+
+
+def _model_folder(path: str | None) -> Path:
+    from ptengine.assets import backbone_path
+
+    return backbone_path() if path is None else _folder(path, "--model")
+
+
+def _folder(path: str, option: str) -> Path:
+    folder = Path(path)
+    if not folder.is_dir():
+        got = "a file" if folder.exists() else "no such folder"
+        raise InputError(f"expected {option}, a folder on this machine, got {path!r}: {got}")
+    return Path(os.path.abspath(folder))
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

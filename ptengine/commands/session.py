@@ -1,0 +1,71 @@
+"""A tuned prompt with the model it was tuned for, ready to use: what `eval` and `generate` start from."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ptengine.errors import InputError
+
+if TYPE_CHECKING:
+    from ptengine.data import Task
+    from ptengine.prompts import Prompt
+
+__all__ = ["Session", "add_prompt_argument", "open_prompt"]
+
+
+@dataclass(frozen=True)
+class Session:
+    """Attributes:
+    task: what the prompt was tuned for.
+    model, tokenizer: the frozen model, with the trained head where the task has one.
+    prompt: the tuned prompt.
+    """
+
+    task: Task
+    model: Any
+    tokenizer: Any
+    prompt: Prompt
+
+
+def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prompt",
+        metavar="DIR",
+        required=True,
+        help="output folder of ptengine tune or demo (or its prompt/ or best/)",
+    )
+
+
+def open_prompt(args: argparse.Namespace) -> Session:
+    """Load what ``--prompt`` names; ``--model``, ``--tokenizer`` and ``--dtype`` replace what its folder says.
+
+    Raises:
+        InputError: the folder is not whole, or the model is not one the prompt fits.
+    """
+    from ptengine.commands.loading import load_model, load_tokenizer, pick_device
+    from ptengine.commands.recipe import find_prompt, model_fingerprint
+    from ptengine.prompts import load_prompt
+    from ptengine.training import load_head
+
+    folder, recipe = find_prompt(args.prompt)
+    device = pick_device(args.device)
+    model_path = args.model or recipe.model
+    # A model given now brings its own tokenizer.
+    tokenizer_path = args.tokenizer or (None if args.model else recipe.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_path, model_path)
+    has_head = recipe.task.kind == "sequence_classification"
+    labels = len(recipe.task.labels) if has_head else None  # type: ignore[attr-defined]
+    model = load_model(model_path, device, args.dtype or recipe.dtype, labels)
+    prompt = load_prompt(folder, model)
+    # A model that is named now is taken as meant; one that changed where it lay is not.
+    comparable = args.model is None and args.dtype in (None, recipe.dtype)
+    if comparable and model_fingerprint(model, recipe.task) != recipe.fingerprint:
+        raise InputError(
+            f"expected the model that {args.prompt!r} was tuned for in {recipe.model or 'the embedded backbone'}, got "
+            "other weights; --model PATH names the model to use"
+        )
+    if has_head:
+        load_head(folder, model)
+    return Session(recipe.task, model, tokenizer, prompt)

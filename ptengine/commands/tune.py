@@ -1,0 +1,261 @@
+"""`ptengine tune`: a prompt for the user's own data and model."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptengine.commands import Outcome
+from ptengine.commands.options import (
+    add_config_arguments,
+    add_model_arguments,
+    add_task_arguments,
+    choice,
+    config_options,
+    read_label_words,
+    unescape,
+    whole,
+)
+from ptengine.errors import InputError
+
+if TYPE_CHECKING:
+    from ptengine.commands.recipe import Recipe
+    from ptengine.data import Task
+    from ptengine.training import TrainingResult
+
+EXAMPLE = r"""  ptengine tune --train train.jsonl --eval validation.jsonl --test test.jsonl \
+    --template 'Review: {text}\nGood or bad?' --label-words 'positive= good,negative= bad' \
+    --model path/to/llama --method soft --num-virtual-tokens 20 --num-train-epochs 3 --output out
+  ptengine eval --prompt out --data test.jsonl"""
+
+METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data", "csv, json, jsonl or parquet files")
+    data.add_argument("--train", metavar="FILE", required=True, help="rows to train on")
+    data.add_argument("--eval", metavar="FILE", help="rows to evaluate on while training")
+    data.add_argument("--test", metavar="FILE", help="rows to evaluate the tuned prompt on, once, at the end")
+    add_task_arguments(parser)
+    add_model_arguments(parser, "the embedded one")
+    prompt = parser.add_argument_group("prompt")
+    prompt.add_argument(
+        "--method", type=choice(*METHODS), default="soft", metavar="NAME",
+        help="soft: virtual tokens before the text; prefix: keys and values in every layer (default: soft)",
+    )  # fmt: skip
+    prompt.add_argument("--num-virtual-tokens", type=whole(1), metavar="N", help="length of the prompt (default: 20)")
+    prompt.add_argument(
+        "--init", metavar="NAME",
+        help="soft: random, sampled_vocab, text, class_labels, array or prompt; "
+        "prefix: random, zero, text, array or prompt (default: random)",
+    )  # fmt: skip
+    prompt.add_argument("--init-text", metavar="TEXT", help="text to start from, with --init text")
+    prompt.add_argument("--init-labels", metavar="A,B", help="labels to start from, with --init class_labels")
+    prompt.add_argument("--init-array", metavar="FILE", help=".npy file to start from, with --init array")
+    prompt.add_argument("--init-prompt", metavar="DIR", help="saved prompt to start from, with --init prompt")
+    prompt.add_argument("--projection", action="store_true", help="prefix: train through an MLP, dropped at the end")
+    prompt.add_argument("--projection-size", type=whole(1), metavar="N", help="width of that MLP (default: 512)")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", metavar="DIR", required=True, help="new folder for all results")
+    run.add_argument(
+        "--resume", nargs="?", const=True, default=False, metavar="CHECKPOINT",
+        help="go on with the run in --output, from its newest checkpoint or the one given",
+    )  # fmt: skip
+    add_config_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    from ptengine.commands.loading import load_model, load_tokenizer, pick_device
+    from ptengine.commands.recipe import Recipe, model_fingerprint
+    from ptengine.files import make_directory, write_json_atomic
+    from ptengine.prompts import create
+    from ptengine.training import Trainer, TrainingConfig, evaluate
+
+    config = TrainingConfig(output_dir=args.output, **config_options(args))
+    output = Path(args.output)
+    _check_output(output, args.resume)
+    options = _prompt_options(args)
+    task = _make_task(args)
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer, args.model)
+    labels = len(task.labels) if task.kind == "sequence_classification" else None  # type: ignore[attr-defined]
+    dtype = args.dtype or "float32"
+    model = load_model(args.model, device, dtype, labels, config.seed)
+    if args.init in ("text", "class_labels", "sampled_vocab"):
+        options["tokenizer"] = tokenizer
+    prompt = create(METHODS[args.method], model, seed=config.seed, **options)
+    trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
+    recipe = Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task))
+    if args.test is not None:
+        _check_test(args, config, task, tokenizer, prompt, model)
+    if args.resume is not False:
+        _check_recipe(output, recipe)
+    with _undone_on_bad_input(output):
+        recipe.write(make_directory(output))
+        result = trainer.fit(resume=args.resume)
+    data = _describe(args, result)
+    if args.test is not None:
+        judged = evaluate(
+            model,
+            prompt,
+            task,
+            args.test,
+            tokenizer,
+            batch_size=config.per_device_eval_batch_size,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            bf16=config.bf16,
+        )
+        data["test"] = {"file": args.test, "rows": judged.n, "metrics": judged.metrics}
+    write_json_atomic(output / "metrics.json", data)
+    return Outcome(data, tuple(_lines(args.output, data, task)))
+
+
+def _check_output(output: Path, resume: Any) -> None:
+    if resume is False and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(
+            f"expected --output, a new or empty folder, got {str(output)!r}, which is "
+            f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
+        )
+
+
+@contextlib.contextmanager
+def _undone_on_bad_input(output: Path) -> Iterator[None]:
+    """The trainer refuses a checkpoint that does not fit only once the folder is made: leave no new folder then."""
+    is_new = not output.exists()
+    try:
+        yield
+    except InputError:
+        if is_new and output.exists():
+            shutil.rmtree(output)
+        raise
+
+
+def _check_recipe(output: Path, recipe: Recipe) -> None:
+    """A resumed run must be of the task that the folder says it is."""
+    from ptengine.commands.recipe import RECIPE_NAME
+
+    path = output / RECIPE_NAME
+    if path.is_file() and recipe.read(path).task != recipe.task:
+        raise InputError(f"expected the task of the run to go on with, as in {str(path)!r}, got another one")
+
+
+def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: Any, prompt: Any, model: Any) -> None:
+    """A defect of the test file must come to light before the training, not after it."""
+    from ptengine.backbone import backbone_spec
+    from ptengine.training.preparation import encode, room_for_text
+
+    room = room_for_text(backbone_spec(model), prompt, config.max_length)
+    encode(task, args.test, tokenizer, prompt, room, config.truncation, "test")
+
+
+def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Options of the prompt's class that were given."""
+    labels = args.init_labels.split(",") if args.init_labels is not None else None
+    given = {
+        "num_virtual_tokens": args.num_virtual_tokens,
+        "init": args.init,
+        "init_text": unescape(args.init_text) if args.init_text is not None else None,
+        "class_labels": labels,
+        "array": args.init_array,
+        "prompt": args.init_prompt,
+        "projection": args.projection or None,
+        "projection_size": args.projection_size,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _make_task(args: argparse.Namespace) -> Task:
+    """The task that the options describe; options of another kind of task are refused."""
+    from ptengine.data import ClassificationTask, GenerationTask, SequenceClassificationTask, Template, Verbalizer
+
+    if args.text_column is not None:
+        _refuse(args, "--text-column", "template", "label_words", "target_column")
+        label_column = args.label_column or "label"
+        return SequenceClassificationTask(
+            args.text_column, args.text_pair_column, label_column, _labels(args.train, label_column)
+        )
+    if args.template is None:
+        raise InputError("expected --template (or --text-column for a BERT model), got neither")
+    template = Template(unescape(args.template))
+    if args.target_column is not None:
+        _refuse(args, "--target-column", "label_words", "label_column", "text_pair_column")
+        return GenerationTask(template, args.target_column)
+    _refuse(args, "--template", "text_pair_column")
+    label_column = args.label_column or "label"
+    if args.label_words is not None:
+        verbalizer = Verbalizer(read_label_words(args.label_words))
+    else:
+        verbalizer = Verbalizer.from_labels(_labels(args.train, label_column))
+    return ClassificationTask(template, verbalizer, label_column)
+
+
+def _refuse(args: argparse.Namespace, chosen: str, *others: str) -> None:
+    for name in others:
+        if getattr(args, name) is not None:
+            raise InputError(f"expected no --{name.replace('_', '-')} with {chosen}, got {getattr(args, name)!r}")
+
+
+def _labels(path: str, column: str) -> tuple[str, ...]:
+    """The labels of the training file: those its column declares, else the distinct ones, sorted."""
+    from datasets import ClassLabel
+
+    from ptengine.data import check_columns, load_rows
+    from ptengine.data.cells import described, label_name, place
+
+    rows = load_rows(path)
+    check_columns(rows, [column], path)
+    feature = rows.features[column]
+    if isinstance(feature, ClassLabel):
+        return tuple(feature.names)
+    found = set()
+    for index, value in enumerate(rows[column]):
+        name = label_name(value)
+        if not name:
+            raise InputError(f"{place(path, index)}: expected a label in column {column!r}, got {described(value)}")
+        found.add(name)
+    return tuple(sorted(found))
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def _describe(args: argparse.Namespace, result: TrainingResult) -> dict[str, Any]:
+    return {
+        "command": "tune",
+        "output": args.output,
+        "method": args.method,
+        "steps": result.steps,
+        "epochs": result.epochs,
+        "stopped_early": result.stopped_early,
+        "final_loss": result.losses[-1],
+        "metrics": result.metrics,
+        "best": result.best,
+        "seconds": result.seconds,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_memory": result.peak_memory,
+        "prompt": str(result.prompt_path),
+        "best_prompt": None if result.best_path is None else str(result.best_path),
+        "log": str(result.log_path),
+        "curve": str(result.curve_path),
+    }
+
+
+def _lines(output: str, data: dict[str, Any], task: Task) -> list[str]:
+    lines = [
+        f"{data['steps']} steps in {data['seconds']:.1f} s, {data['tokens_per_second']:.0f} tokens/s, "
+        f"last loss {data['final_loss']:.4f}" + (", stopped early" if data["stopped_early"] else "")
+    ]
+    for name, metrics in (("eval", data["metrics"]), ("test", data.get("test", {}).get("metrics", {}))):
+        if metrics:
+            lines.append(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
+    lines.append(f"prompt in {data['prompt']}, curve in {data['curve']}, log in {data['log']}")
+    lines.append(f"next: ptengine eval --prompt {output} --data FILE")
+    if task.kind != "sequence_classification":
+        lines.append(f"      ptengine generate --prompt {output} --data FILE")
+    return lines

@@ -1,0 +1,256 @@
+"""Rows of tokens: templated text through a tokenizer in batches, and cut to length where that is allowed.
+
+Knows templates and tokenizers; what a row is for is the tasks' matter, what a model is nobody's here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from datasets import ClassLabel, Dataset
+
+from ptengine.data.cells import described, label_name, listed, place
+from ptengine.data.sources import check_columns
+from ptengine.data.templates import Template
+from ptengine.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "EncodedRow",
+    "EncodedSplit",
+    "check_max_tokens",
+    "class_ids",
+    "encode_texts",
+    "plain_columns",
+    "token_lists",
+    "too_long",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """One row of T tokens.
+
+    Attributes:
+        input_ids: T token ids.
+        labels: T token ids, each standing AT its own position as in transformers; -100 where there is no label.
+        index: the row's number in its data set, from 0.
+        prompt_length: tokens before the target; T for a row without a target.
+        class_id: position of the row's label among the task's labels, or None.
+        token_type_ids: T segment ids, or None where the tokenizer has none.
+        references: all acceptable targets of a generation row, as text; empty for other tasks.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    index: int
+    prompt_length: int
+    class_id: int | None = None
+    token_type_ids: list[int] | None = None
+    references: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EncodedSplit:
+    """All rows of one data set, in its order.
+
+    Attributes:
+        rows: one `EncodedRow` per row of the data.
+        truncated: how many of them were cut to fit.
+    """
+
+    rows: list[EncodedRow]
+    truncated: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> EncodedRow:
+        return self.rows[index]
+
+    def __iter__(self) -> Iterator[EncodedRow]:
+        return iter(self.rows)
+
+
+def check_max_tokens(max_tokens: int) -> None:
+    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
+        raise InputError(
+            "expected max_tokens (the model's context minus the prompt) as a whole number of at least 1, "
+            f"got {max_tokens!r}"
+        )
+
+
+def plain_columns(dataset: Dataset, needed: Sequence[str], source_name: str) -> dict[str, list[Any]]:
+    """The needed columns as lists of Python values, whatever format the data set is set to."""
+    check_columns(dataset, needed, source_name)
+    if dataset.num_rows == 0:
+        raise InputError(f"{source_name}: expected at least one row, got an empty split")
+    columns: dict[str, list[Any]] = dataset.with_format(None).select_columns(list(dict.fromkeys(needed)))[:]
+    return columns
+
+
+def class_ids(
+    dataset: Dataset, values: Sequence[Any], column: str, labels: Sequence[str], source_name: str
+) -> list[int]:
+    """Labels to positions in `labels`; the whole numbers of a `datasets.ClassLabel` column stand for its names."""
+    feature = dataset.features[column]
+    positions = {label: position for position, label in enumerate(labels)}
+    ids = []
+    for index, value in enumerate(values):
+        if isinstance(feature, ClassLabel) and value is not None:
+            value = feature.int2str(value) if value >= 0 else None  # -1 is datasets' way to write "no label"
+        name = label_name(value)
+        if name not in positions:
+            raise InputError(
+                f"{place(source_name, index)}: expected one of the labels {listed(labels)} in column {column!r}, "
+                f"got {described(value)}"
+            )
+        ids.append(positions[name])
+    return ids
+
+
+def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The texts' tokens, all in one call, without special tokens."""
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return ids
+
+
+def leading_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts in front of a text of its own accord: [BOS], or nothing."""
+    probe = "a"
+    bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    full: list[int] = tokenizer(probe, add_special_tokens=True)["input_ids"]
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    raise InputError(
+        f"expected a tokenizer that only adds special tokens around a text, got {type(tokenizer).__name__}, which "
+        f"turns {probe!r} into {full} with them and {bare} without"
+    )
+
+
+def too_long(source_name: str, index: int, length: int, max_tokens: int, detail: str) -> InputError:
+    return InputError(
+        f"{place(source_name, index)}: expected at most {max_tokens} tokens (the model's context minus the prompt), "
+        f"got {length} ({detail})"
+    )
+
+
+def encode_texts(
+    template: Template,
+    columns: dict[str, list[Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    reserved: Sequence[int],
+    max_tokens: int,
+    truncation: bool,
+    source_name: str,
+) -> tuple[list[list[int]], int]:
+    """Render and tokenise every row.
+
+    A row's tokens are what the tokenizer puts in front of a text (a BOS, if it does that) and the text's own; nothing
+    is added behind, so a target may follow.
+
+    With `truncation`, a row that is too long loses the end of its longest column, and nothing else: of the template's
+    placeholders, the one with most characters in that row (the first of equals) drops its last tokens, whole ones,
+    until the row fits, and the row is tokenised anew.
+
+    Args:
+        columns: column name to values, all of the template's columns among them.
+        reserved: per row, the tokens that will follow.
+
+    Returns:
+        The tokens per row, and how many rows were cut.
+
+    Raises:
+        InputError: a value that is no text; a row longer than `max_tokens` with its reserve, unless cut; a row that
+            does not fit even without its longest column; truncation with a tokenizer that has no offsets (a slow one).
+    """
+    count = len(reserved)
+    pieces = [
+        template.pieces({column: columns[column][i] for column in template.columns}, i, source_name)
+        for i in range(count)
+    ]
+    leading = leading_tokens(tokenizer)
+    texts = token_lists(tokenizer, ["".join(row) for row in pieces])
+    room = [max_tokens - len(leading) - taken for taken in reserved]
+    over = [i for i in range(count) if len(texts[i]) > room[i]]
+    if over and not truncation:
+        raise _row_too_long(
+            source_name, over[0], leading, texts[over[0]], reserved, max_tokens, "and truncation is off"
+        )
+    if over:
+        _cut(template, pieces, texts, over, room, tokenizer, leading, reserved, max_tokens, source_name)
+    return [leading + text for text in texts], len(over)
+
+
+def _cut(
+    template: Template,
+    pieces: list[list[str]],
+    texts: list[list[int]],
+    over: Sequence[int],
+    room: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    leading: list[int],
+    reserved: Sequence[int],
+    max_tokens: int,
+    source_name: str,
+) -> None:
+    """Shorten the rows `over` of `pieces` and `texts` in place, as `encode_texts` says."""
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"{source_name}: expected a fast tokenizer for truncation (it says which characters a token covers), "
+            f"got {type(tokenizer).__name__}"
+        )
+    slots = [slot for slot, (_, is_column) in enumerate(template.parts) if is_column]
+    longest = {i: max(slots, key=lambda slot, row=pieces[i]: len(row[slot])) for i in over}  # type: ignore[misc]
+    pending = list(over)
+    while pending:
+        encoded = tokenizer(
+            ["".join(pieces[i]) for i in pending],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+        still = []
+        for i, ids, spans in zip(pending, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+            excess = len(ids) - room[i]
+            if excess <= 0:
+                texts[i] = ids
+                continue
+            slot = longest[i]
+            value = pieces[i][slot]
+            if not value:
+                column = template.parts[slot][0]
+                raise _row_too_long(
+                    source_name, i, leading, ids, reserved, max_tokens, f"even with its column {column!r} cut away"
+                )
+            begin = sum(map(len, pieces[i][:slot]))
+            # Tokens that cover any of the value; dropping one also drops what shares it, so every pass gets shorter.
+            starts = [start for start, stop in spans if stop > start and stop > begin and start < begin + len(value)]
+            keep = max(starts[-excess] - begin, 0) if excess <= len(starts) else 0
+            pieces[i][slot] = value[:keep]
+            still.append(i)
+        pending = still
+
+
+def _row_too_long(
+    source_name: str,
+    index: int,
+    leading: list[int],
+    text: list[int],
+    reserved: Sequence[int],
+    max_tokens: int,
+    why: str,
+) -> InputError:
+    before = len(leading) + len(text)
+    detail = f"text {before} + target {reserved[index]}, {why}"
+    return too_long(source_name, index, before + reserved[index], max_tokens, detail)

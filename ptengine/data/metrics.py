@@ -1,0 +1,111 @@
+"""Metrics: how good predictions are, by the libraries everybody quotes.
+
+Knows class ids and texts, no model. The libraries are imported on first use: they take seconds, and training without
+evaluation needs none of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from ptengine.data.cells import described, place
+from ptengine.errors import InputError
+
+__all__ = ["classification_metrics", "generation_metrics"]
+
+_BLEU_TOKENIZERS = ("13a", "zh", "intl", "char")
+
+
+def classification_metrics(gold: Sequence[int], predicted: Sequence[int], labels: Sequence[str]) -> dict[str, float]:
+    """Accuracy and F1, by scikit-learn; all are fractions from 0 to 1.
+
+    Args:
+        gold, predicted: class ids, positions in `labels`, one per row.
+        labels: the label names.
+
+    Returns:
+        ``accuracy``; ``macro_f1``, the plain mean of the labels' F1 scores, and ``weighted_f1``, their mean weighted by
+        gold counts, both over the labels that occur in `gold` or `predicted` (0 for one never hit); ``micro_f1``, which
+        equals accuracy when each row has one label.
+
+    Raises:
+        InputError: no rows, different lengths, or an id outside the labels.
+    """
+    _check_lengths(gold, predicted, "gold labels")
+    for name, ids in (("gold", gold), ("predicted", predicted)):
+        for index, value in enumerate(ids):
+            if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < len(labels):
+                raise InputError(
+                    f"{place(name, index)}: expected a class id from 0 to {len(labels) - 1}, got {described(value)}"
+                )
+    from sklearn.metrics import accuracy_score, f1_score
+
+    scores = {"accuracy": float(accuracy_score(gold, predicted))}
+    for average in ("macro", "micro", "weighted"):
+        scores[f"{average}_f1"] = float(f1_score(gold, predicted, average=average, zero_division=0))
+    return scores
+
+
+def generation_metrics(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], *, bleu_tokenizer: str = "13a"
+) -> dict[str, float]:
+    """Corpus BLEU and chrF (sacrebleu), ROUGE-L (rouge-score) and exact match.
+
+    Args:
+        predictions: one text per row.
+        references: per row, one or more texts; rows may have different numbers of them.
+        bleu_tokenizer: sacrebleu's name: "13a" (its default), "zh" for Chinese, "intl" or "char".
+
+    Returns:
+        ``bleu`` and ``chrf``, from 0 to 100 as sacrebleu gives them. ``rouge_l``, the mean over rows of the F measure
+        against the best reference, and ``exact_match``, the share of rows equal to a reference up to white space at the
+        ends, both fractions from 0 to 1. ROUGE-L compares lower-cased words, as rouge-score does, except that letters
+        outside ASCII count and that every Chinese character or Japanese kana is a word.
+
+    Raises:
+        InputError: no rows, different lengths, a row without references, a value that is no text, or an unknown
+            tokenizer.
+    """
+    _check_lengths(references, predictions, "rows of references")
+    if bleu_tokenizer not in _BLEU_TOKENIZERS:
+        raise InputError(f"expected bleu_tokenizer among {', '.join(_BLEU_TOKENIZERS)}, got {bleu_tokenizer!r}")
+    for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
+        if not isinstance(prediction, str):
+            raise InputError(f"{place('predictions', index)}: expected text, got {described(prediction)}")
+        if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+            raise InputError(f"{place('references', index)}: expected a list of texts, got {described(texts)}")
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics import BLEU, CHRF
+
+    most = max(len(texts) for texts in references)
+    # sacrebleu wants streams, each with one reference of every row; None where a row has fewer.
+    streams: list[Any] = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+    # force: no warning on standard error about texts that look tokenised already.
+    bleu = BLEU(tokenize=bleu_tokenizer, force=True).corpus_score(list(predictions), streams).score
+    chrf = CHRF().corpus_score(list(predictions), streams).score
+    scorer = RougeScorer(["rougeL"], tokenizer=_Words())
+    pairs = list(zip(predictions, references, strict=True))
+    rouge = sum(scorer.score_multi(list(texts), text)["rougeL"].fmeasure for text, texts in pairs) / len(pairs)
+    exact = sum(text.strip() in {reference.strip() for reference in texts} for text, texts in pairs) / len(pairs)
+    return {"bleu": float(bleu), "chrf": float(chrf), "rouge_l": float(rouge), "exact_match": exact}
+
+
+class _Words:
+    """rouge-score's words for English; its own tokenizer drops every letter outside ASCII, so Chinese scored 0."""
+
+    _ideographs = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+    _word = re.compile(rf"[{_ideographs}]|[^\W_{_ideographs}]+")
+
+    def tokenize(self, text: str) -> list[str]:
+        return self._word.findall(text.lower())
+
+
+def _check_lengths(expected: Sequence[object], predictions: Sequence[object], what: str) -> None:
+    if not expected or not predictions:
+        raise InputError(
+            f"expected at least one row to score, got {len(expected)} {what} and {len(predictions)} predictions"
+        )
+    if len(expected) != len(predictions):
+        raise InputError(f"expected one prediction for each of the {len(expected)} {what}, got {len(predictions)}")

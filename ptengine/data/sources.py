@@ -1,0 +1,253 @@
+"""Rows from wherever they lie: a file, a list or a data set, always as a `datasets.Dataset`.
+
+Reading is left to `datasets` and `json`; this room adds one clear error per defect and leaves no cache behind.
+Knows nothing of templates, labels or tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow
+from datasets import Dataset, Features, Value
+from pandas.errors import ParserWarning
+
+from ptengine.data.cells import described, listed, place
+from ptengine.errors import InputError
+
+__all__ = ["check_columns", "load_rows"]
+
+_READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+
+
+def load_rows(
+    source: str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset, *, name: str = "train"
+) -> Dataset:
+    """Read rows into memory.
+
+    Args:
+        source: one of
+            a path, whose suffix decides:
+                ``.csv``: comma-separated, a header line, UTF-8. Every cell is text exactly as written (``007`` and
+                ``NA`` stay so); an empty cell is null. A row shorter than the header has nulls at its end.
+                ``.jsonl``: one object a line; ``.json``: a list of objects, or one object a line. UTF-8. Otherwise as a
+                sequence of dicts;
+                ``.parquet``;
+            a sequence of dicts: a key that a row lacks is null; values of several types may stand in one column (ints
+            beside floats become floats);
+            a `datasets.Dataset`, returned as it is.
+        name: what errors call data that has no file name.
+
+    Returns:
+        A data set of at least one row. Files are held in memory: no cache is left anywhere.
+
+    Raises:
+        InputError: no such file, unknown suffix, malformed content (with the line where known), no rows, a value
+            that no column can hold (with its row), a `DatasetDict` (lists its splits), or a source of another type.
+    """
+    if isinstance(source, str | os.PathLike):
+        return _load_file(Path(source))
+    if isinstance(source, Mapping) and all(isinstance(part, Dataset) for part in source.values()) and source:
+        raise InputError(
+            f"{name}: expected one data set, got a {type(source).__name__} with the splits {listed(list(source))}; "
+            "pass one of them"
+        )
+    if isinstance(source, Dataset):
+        if source.num_rows == 0:
+            raise InputError(f"{name}: expected at least one row, got a data set without rows")
+        return source
+    if isinstance(source, Sequence) and not isinstance(source, bytes | bytearray):
+        return _from_rows(source, name)
+    raise InputError(
+        f"{name}: expected a path, a list of dicts or a datasets.Dataset, got an object of type {type(source).__name__}"
+    )
+
+
+def check_columns(dataset: Dataset, needed: Sequence[str], source_name: str) -> None:
+    """Refuse a data set that lacks one of the needed columns, naming the columns it has."""
+    missing = [column for column in dict.fromkeys(needed) if column not in dataset.column_names]
+    if missing:
+        plural = "s" if len(missing) > 1 else ""
+        raise InputError(
+            f"{source_name}: expected column{plural} {listed(missing)}, got the columns {listed(dataset.column_names)}"
+        )
+
+
+def _from_rows(rows: Sequence[Any], name: str) -> Dataset:
+    if not rows:
+        raise InputError(f"{name}: expected at least one row, got an empty {type(rows).__name__}")
+    for index, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise InputError(f"{place(name, index)}: expected a dict of columns, got {described(row)}")
+        if not row or not all(isinstance(key, str) for key in row):
+            raise InputError(f"{place(name, index)}: expected columns named by strings, got the keys {list(row)}")
+    columns = {
+        column: [row.get(column) for row in rows] for column in dict.fromkeys(key for row in rows for key in row)
+    }
+    try:
+        # Values of several types in a column stay what they are; a column no task reads must not spoil the others.
+        return Dataset.from_dict(columns, on_mixed_types="use_json")
+    except Exception as error:  # pyarrow's, datasets' and Python's own types, none of which says where
+        for column, values in columns.items():
+            for index, value in enumerate(values):
+                try:
+                    pyarrow.array([value])
+                except Exception as cause:
+                    raise InputError(
+                        f"{place(name, index)}: expected text, a number or a list in column {column!r}, "
+                        f"got {described(value)}: {_first_line(cause)}"
+                    ) from error
+        raise InputError(f"{name}: expected columns of text, numbers or lists, got {_first_line(error)}") from error
+
+
+def _load_file(path: Path) -> Dataset:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path}: expected a file ending in {', '.join(_READERS)}, got {path.suffix!r}")
+    if not path.exists():
+        raise InputError(f"{path}: expected a file, but there is none of this name")
+    if not path.is_file():
+        raise InputError(f"{path}: expected a file, got a directory or device")
+    _check_bytes(path, text=reader != "parquet")
+    if reader == "json":
+        return _from_rows(_json_objects(path), str(path))
+    options = _csv_options(path) if reader == "csv" else {}
+    try:
+        with _quiet(), tempfile.TemporaryDirectory(prefix="ptengine-") as cache:
+            # A plain name in a folder of our own: datasets would read brackets and stars in the user's as patterns.
+            link = Path(cache) / f"rows.{reader}"
+            link.symlink_to(path.resolve())
+            dataset = getattr(Dataset, f"from_{reader}")(str(link), cache_dir=cache, keep_in_memory=True, **options)
+    except Exception as error:  # datasets wraps pandas', pyarrow's and its own types, several per defect
+        found = _csv_defect(path) if reader == "csv" else None
+        if found is None and "no data" in str(error):
+            found = ": expected at least one row, got none"
+        raise InputError(f"{path}{found or f': expected a {reader} file, got: {_first_line(error)}'}") from error
+    if dataset.num_rows == 0:
+        raise InputError(f"{path}: expected at least one row, got none")
+    return dataset
+
+
+def _check_bytes(path: Path, text: bool) -> None:
+    """A file that can be read and is not blank; UTF-8 where it is text, which the json reader would only find late."""
+    blank = True
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                blank = blank and not line.strip()
+                if not text:
+                    break
+                try:
+                    line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise InputError(
+                        f"{path}, line {number}: expected UTF-8 text, got the byte 0x{line[error.start]:02x}"
+                    ) from error
+    except OSError as error:
+        raise InputError(f"{path}: expected a readable file, got: {error.strerror}") from error
+    if blank:
+        raise InputError(f"{path}: expected at least one row, got an empty file")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no log lines of datasets; what goes wrong becomes an exception."""
+    verbosity, bars_were_off = datasets.logging.get_verbosity(), datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+    datasets.disable_progress_bars()
+    try:
+        with warnings.catch_warnings():
+            # pandas only warns when it drops cells beyond the header's columns.
+            warnings.simplefilter("error", ParserWarning)
+            yield
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+        if not bars_were_off:
+            datasets.enable_progress_bars()
+
+
+def _csv_options(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        try:
+            header = next(record for record in csv.reader(file) if record)
+        except csv.Error as error:
+            raise InputError(f"{path}, line 1: expected a header of column names, got: {error}") from error
+    # pandas writes its index under an empty name and reads it back under this one.
+    names = [column or f"Unnamed: {index}" for index, column in enumerate(header)]
+    doubled = [column for column in dict.fromkeys(names) if names.count(column) > 1]
+    if doubled:
+        raise InputError(f"{path}, line 1: expected columns of different names, got more than one {listed(doubled)}")
+    # Types are never guessed from a csv: "NA" and "007" are words, and one odd row must not retype a column.
+    return {
+        "features": Features({column: Value("string") for column in names}),
+        "column_names": names,
+        "header": 0,
+        "index_col": False,
+        "keep_default_na": False,
+        "na_values": [""],
+    }
+
+
+def _csv_defect(path: Path) -> str | None:
+    """Where a csv file that pandas refused goes wrong; pandas does not always say."""
+    width, line = None, 1
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for record in reader:
+                if record and width is None:
+                    width = len(record)
+                elif width is not None and len(record) > width:
+                    return f", line {line}: expected {width} fields as in the header, got {len(record)}"
+                line = reader.line_num + 1
+        except csv.Error as error:
+            return f", line {line}: expected well-formed csv, got: {error} (is a quote left open?)"
+    return None
+
+
+def _json_objects(path: Path) -> list[Any]:
+    """The entries of a JSON list, or of a file with one object a line.
+
+    Read with `json`, not through `datasets`, whose reader turns text that looks like a date into dates.
+    """
+    # Neither newline translation nor splitlines(): JSON strings may hold the Unicode line separators as they are.
+    text = path.read_bytes().decode("utf-8-sig")
+    if path.suffix.lower() == ".json":
+        try:
+            value = json.loads(text)
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data":  # one object a line is welcome in .json too
+                raise InputError(
+                    f"{path}, line {error.lineno}, column {error.colno}: expected JSON, got: {error.msg}"
+                ) from error
+        else:
+            return value if isinstance(value, list) else [value]
+    objects = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(
+                f"{path}, line {number}, column {error.colno}: expected a JSON object, got: {error.msg}"
+            ) from error
+        if not isinstance(value, dict):
+            raise InputError(f"{path}, line {number}: expected a JSON object of columns, got {described(value)}")
+        objects.append(value)
+    return objects
+
+
+def _first_line(error: BaseException) -> str:
+    cause = error.__cause__ or error
+    lines = str(cause).strip().splitlines()
+    return lines[0] if lines else type(cause).__name__

@@ -1,0 +1,144 @@
+"""Judging a prompt, or the frozen model without one, on a data set: the same numbers that training sees, and texts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from ptengine.backbone import generate as generate_texts
+from ptengine.backbone.spec import backbone_spec
+from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
+from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
+from ptengine.training.freezing import frozen, head_parameters
+from ptengine.training.objective import EvalResult, make_objective
+from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
+from ptengine.training.run import HEAD_NAME
+
+__all__ = ["evaluate", "load_head"]
+
+
+def evaluate(
+    model: Any,
+    prompt: Prompt | None,
+    task: Task,
+    data: DataSource,
+    tokenizer: Any,
+    *,
+    batch_size: int = 32,
+    max_length: int | None = None,
+    truncation: bool = False,
+    bf16: bool = False,
+    generate: bool = False,
+    max_new_tokens: int = 64,
+    bleu_tokenizer: str = "13a",
+) -> EvalResult:
+    """Evaluate `prompt` on `data`.
+
+    Classification scores every label's words and takes the best label (nothing is generated). Generation is scored
+    under teacher forcing, and with `generate` also by what the model writes, greedily, for each row.
+
+    Args:
+        model: a transformers model; it is patched and put in eval mode for the call, and put back.
+        prompt: None evaluates the frozen model with the template's text only.
+        task: what a row asks of the model.
+        data: a path, a list of dicts or a `datasets.Dataset`.
+        tokenizer: the model's tokenizer.
+        batch_size: rows per forward.
+        max_length, truncation, bf16: as in `TrainingConfig`.
+        generate: write texts for a `GenerationTask`.
+        max_new_tokens: longest text written.
+        bleu_tokenizer: see `ptengine.data.generation_metrics`.
+
+    Raises:
+        InputError: as `ptengine.Trainer`; `generate` with a task that writes no text.
+    """
+    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"expected {name} to be an integer of at least 1, got {value!r}")
+    if generate and not isinstance(task, GenerationTask):
+        raise InputError(f"expected a GenerationTask with generate=True, got {type(task).__name__}")
+    if not isinstance(task, Task):
+        raise InputError(f"expected task, a task of ptengine.data, got {type(task).__name__}")
+    spec = backbone_spec(model)
+    check_prompt(prompt, model)
+    objective = make_objective(task, model, spec, tokenizer, bf16)
+    room = room_for_text(spec, prompt, max_length)
+    rows = encode(task, data, tokenizer, prompt, room, truncation, "data")
+    if generate:
+        _check_room(rows, spec.max_positions - (0 if prompt is None else prompt.num_virtual_tokens), max_new_tokens)
+    training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []
+    try:
+        if prompt is not None:
+            prompt.eval()
+        with frozen(model):
+            result = objective.evaluate(prompt, rows, batch_size)
+            if generate:
+                with torch.autocast(spec.word_embeddings.weight.device.type, torch.bfloat16, enabled=bf16):
+                    texts = _write(model, prompt, rows, tokenizer, batch_size, max_new_tokens)
+                scores = generation_metrics(texts, [row.references for row in rows], bleu_tokenizer=bleu_tokenizer)
+                result = replace(result, metrics=result.metrics | scores, predictions=texts)
+    finally:
+        for module, flag in training:
+            module.training = flag
+    return result
+
+
+def load_head(directory: str | os.PathLike[str], model: Any) -> None:
+    """Put the classification head that training wrote to `directory` (``prompt/`` or ``best/``) into `model`.
+
+    Raises:
+        InputError: there is no ``head.safetensors``, it is damaged, or it does not fit the model's head; the model is
+            then as it was.
+    """
+    path = Path(directory) / HEAD_NAME
+    if not path.is_file():
+        raise InputError(f"expected the file {str(path)!r}, which does not exist")
+    try:
+        saved = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"expected a safetensors file, got {str(path)!r}: {error}") from error
+    head = head_parameters(model)
+    wanted = {name: list(parameter.shape) for name, parameter in head.items()}
+    got = {name: list(tensor.shape) for name, tensor in saved.items()}
+    if wanted != got:
+        raise InputError(f"expected a head with {wanted} as in the model, got {got} in {str(path)!r}")
+    with torch.no_grad():
+        for name, parameter in head.items():
+            parameter.copy_(saved[name])
+
+
+def _check_room(rows: Sequence[EncodedRow], room: int, new: int) -> None:
+    for row in rows:
+        if not 1 <= row.prompt_length <= room - new:
+            raise InputError(
+                f"data, row {row.index} (counting from 0): expected a text of 1 to {room - new} tokens (the backbone's "
+                f"positions minus the prompt and max_new_tokens={new}), got {row.prompt_length}"
+            )
+
+
+def _write(
+    model: Any, prompt: Prompt | None, rows: Sequence[EncodedRow], tokenizer: Any, batch_size: int, new: int
+) -> list[str]:
+    """Greedy continuations of the rows' texts, in the rows' order; texts of like length share a batch."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_length)
+    texts = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        inputs = [rows[i].input_ids[: rows[i].prompt_length] for i in part]
+        written = generate_texts(
+            model, prompt, inputs, tokenizer, max_new_tokens=new, do_sample=False, num_beams=1
+        )  # [B, T + new]
+        longest = max(len(tokens) for tokens in inputs)
+        assert isinstance(written, torch.Tensor)  # token ids in, token ids out
+        decoded = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        for i, text in zip(part, decoded, strict=True):
+            texts[i] = text
+    return texts

@@ -1,0 +1,287 @@
+"""What a task asks of a step and of an evaluation: the loss that is trained, and the numbers that judge the result.
+
+One class per kind of task. Knows the patched backbone, prompts and encoded rows; no optimiser and no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ptengine.backbone import label_hidden, label_log_probs, packed_loss, sequence_logits
+from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
+from ptengine.backbone.spec import BackboneSpec
+from ptengine.data import (
+    BoundVerbalizer,
+    ClassificationTask,
+    EncodedRow,
+    GenerationTask,
+    SequenceClassificationTask,
+    Task,
+    classification_metrics,
+    collate,
+)
+from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
+
+__all__ = ["EvalResult", "Objective", "make_objective"]
+
+_MOST_NATS = 700.0  # e^700 is the last power of e that a float holds comfortably
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What an evaluation found.
+
+    Attributes:
+        metrics: name to value. ``loss`` is in nats, the mean over all labelled tokens (or rows, for a sequence
+            classification head); ``perplexity`` is e^loss, capped at e^700; the others are those of
+            `ptengine.data.classification_metrics` and `generation_metrics`.
+        predictions: one per row, in the data's order: the label's name, or the generated text. Empty where a generation
+            task was scored without generating.
+        n: rows evaluated.
+    """
+
+    metrics: dict[str, float]
+    predictions: list[str]
+    n: int
+
+
+class Objective(Protocol):
+    """Loss and evaluation of one task on one backbone.
+
+    Attributes:
+        metric_names: what `evaluate` returns.
+        default_metric: the one that picks the best prompt unless told otherwise.
+    """
+
+    metric_names: ClassVar[tuple[str, ...]]
+    default_metric: ClassVar[str]
+
+    def collate(self, rows: Sequence[EncodedRow]) -> PackedBatch:
+        """Rows as one batch on the backbone's device."""
+        ...
+
+    def count_labels(self, batch: PackedBatch) -> int:
+        """Over how many labels `loss` takes its mean."""
+        ...
+
+    def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
+        """Mean loss of the batch, a scalar in fp32; differentiable in the prompt (and the head)."""
+        ...
+
+    def evaluate(
+        self,
+        prompt: Prompt | None,
+        rows: Sequence[EncodedRow],
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> EvalResult:
+        """Evaluate without gradients. `check` is called before every batch and may raise to break off."""
+        ...
+
+
+def make_objective(task: Task, model: Any, spec: BackboneSpec, tokenizer: Any, bf16: bool) -> Objective:
+    """The objective of `task` on `model`.
+
+    Raises:
+        InputError: the task is for the other kind of backbone, or the model has not the head it needs.
+    """
+    if task.backbone_kind != spec.kind:
+        raise InputError(
+            f"expected a task for {spec.kind} models with model type {spec.model_type!r}, got {type(task).__name__}, "
+            f"which is for {task.backbone_kind} models"
+        )
+    if isinstance(task, SequenceClassificationTask):
+        classes = getattr(model.config, "num_labels", None)
+        if classes != len(task.labels):
+            raise InputError(
+                f"expected a model whose head has the task's {len(task.labels)} labels (num_labels), got {classes}"
+            )
+        return _HeadObjective(model, spec, bf16, task)
+    if spec.lm_head is None:
+        raise InputError(f"expected a model with a language-modelling head, got {type(model).__name__}")
+    if isinstance(task, ClassificationTask):
+        return _WordObjective(model, spec, bf16, task, task.verbalizer.bind(tokenizer))
+    if isinstance(task, GenerationTask):
+        return _TextObjective(model, spec, bf16)
+    raise InputError(f"expected a task of ptengine.data, got {type(task).__name__}")
+
+
+class _Objective:
+    def __init__(self, model: Any, spec: BackboneSpec, bf16: bool) -> None:
+        self._model = model
+        self._spec = spec
+        self._device = spec.word_embeddings.weight.device
+        self._bf16 = bf16
+
+    def collate(self, rows: Sequence[EncodedRow]) -> PackedBatch:
+        return collate(rows).to(self._device)
+
+    def _autocast(self) -> torch.autocast:
+        """Around the backbone only: prompts are lowered, and losses added up, in fp32."""
+        return torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16)
+
+    def _batches(
+        self, rows: Sequence[EncodedRow], batch_size: int, check: Callable[[], None]
+    ) -> Iterator[Sequence[EncodedRow]]:
+        for start in range(0, len(rows), batch_size):
+            check()
+            yield rows[start : start + batch_size]
+
+
+class _CausalObjective(_Objective):
+    """The loss stands on labelled tokens."""
+
+    def count_labels(self, batch: PackedBatch) -> int:
+        return 0 if batch.labels is None else int((batch.labels != IGNORE_INDEX).sum())
+
+    def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
+        lowered = _lower(prompt)
+        with self._autocast():
+            return packed_loss(self._model, lowered, batch, label_smoothing=label_smoothing).loss
+
+
+class _TextObjective(_CausalObjective):
+    """Generation: the loss of the target's tokens under teacher forcing."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "perplexity")
+    default_metric: ClassVar[str] = "loss"
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        prompt: Prompt | None,
+        rows: Sequence[EncodedRow],
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> EvalResult:
+        lowered = _lower(prompt)
+        total, count = 0.0, 0
+        for part in self._batches(rows, batch_size, check):
+            with self._autocast():
+                result = packed_loss(self._model, lowered, self.collate(part))
+            total += result.loss.item() * result.num_labels
+            count += result.num_labels
+        loss = total / count
+        return EvalResult({"loss": loss, "perplexity": math.exp(min(loss, _MOST_NATS))}, [], len(rows))
+
+
+class _WordObjective(_CausalObjective):
+    """Classification by words: a label's score is the log of the sum of its words' probabilities."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "micro_f1", "weighted_f1")
+    default_metric: ClassVar[str] = "accuracy"
+
+    def __init__(
+        self, model: Any, spec: BackboneSpec, bf16: bool, task: ClassificationTask, bound: BoundVerbalizer
+    ) -> None:
+        super().__init__(model, spec, bf16)
+        self._task = task
+        self._bound = bound
+        member = torch.tensor(bound.word_labels)[:, None] == torch.arange(len(bound.labels))  # [W, C]
+        self._outside = torch.zeros(member.shape).masked_fill(~member, -math.inf).to(self._device)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        prompt: Prompt | None,
+        rows: Sequence[EncodedRow],
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> EvalResult:
+        lowered = _lower(prompt)
+        score = self._score_tokens if self._bound.single_token else self._score_words
+        # Every word of every row is a row of its own where words have several tokens: the same memory per batch.
+        size = batch_size if self._bound.single_token else max(batch_size // len(self._bound.words), 1)
+        total, count = 0.0, 0
+        predicted: list[int] = []
+        for part in self._batches(rows, size, check):
+            words, loss, labels = score(lowered, part)  # [B, W]
+            classes = torch.logsumexp(words[:, :, None] + self._outside, dim=1)  # [B, C]
+            predicted += classes.argmax(dim=1).tolist()
+            total += loss
+            count += labels
+        gold = [row.class_id for row in rows]
+        metrics = {"loss": total / count, **classification_metrics(gold, predicted, self._bound.labels)}  # type: ignore[arg-type]
+        return EvalResult(metrics, [self._bound.labels[i] for i in predicted], len(rows))
+
+    def _score_tokens(self, lowered: LoweredPrompt | None, rows: Sequence[EncodedRow]) -> tuple[Tensor, float, int]:
+        """Words of one token: one forward over the text. Scores lack the row's log normaliser, equal for all words."""
+        head = self._spec.lm_head
+        assert head is not None
+        with self._autocast():
+            found = label_hidden(self._model, lowered, self.collate(rows))
+            logits = head(found.hidden).float()  # [B, V]
+        loss = F.cross_entropy(logits, found.labels, reduction="sum").item()
+        words = torch.tensor([word[0] for word in self._bound.words], device=self._device)  # [W]
+        return logits[:, words], loss, len(rows)  # [B, W]
+
+    def _score_words(self, lowered: LoweredPrompt | None, rows: Sequence[EncodedRow]) -> tuple[Tensor, float, int]:
+        """Words of several tokens: one row per word, log probabilities summed over its tokens."""
+        candidates = [candidate for row in rows for candidate in self._task.candidates(row, self._bound)]
+        with self._autocast():
+            log_probs, at = label_log_probs(self._model, lowered, self.collate(candidates))  # [n], [n]
+        sums = torch.zeros(len(candidates), device=self._device).index_add(0, at.long(), log_probs.float())  # [B * W]
+        words = sums.view(len(rows), -1)  # [B, W]
+        # The loss is that of training: on the tokens of the first word of the row's label.
+        first = [self._bound.word_labels.index(row.class_id) for row in rows]  # type: ignore[arg-type]
+        picked = words[torch.arange(len(rows)), torch.tensor(first)]  # [B]
+        return words, -picked.sum().item(), sum(len(self._bound.words[word]) for word in first)
+
+
+class _HeadObjective(_Objective):
+    """Classification by a trained head on top of an encoder."""
+
+    metric_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "micro_f1", "weighted_f1")
+    default_metric: ClassVar[str] = "accuracy"
+
+    def __init__(self, model: Any, spec: BackboneSpec, bf16: bool, task: SequenceClassificationTask) -> None:
+        super().__init__(model, spec, bf16)
+        self._labels = task.labels
+
+    def count_labels(self, batch: PackedBatch) -> int:
+        return batch.num_rows
+
+    def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
+        lowered = _lower(prompt)
+        with self._autocast():
+            logits = sequence_logits(self._model, lowered, batch)  # [B, C]
+        return F.cross_entropy(logits.float(), _classes(batch), label_smoothing=label_smoothing)
+
+    @torch.no_grad()
+    def evaluate(
+        self,
+        prompt: Prompt | None,
+        rows: Sequence[EncodedRow],
+        batch_size: int,
+        check: Callable[[], None] = lambda: None,
+    ) -> EvalResult:
+        lowered = _lower(prompt)
+        total = 0.0
+        predicted: list[int] = []
+        for part in self._batches(rows, batch_size, check):
+            batch = self.collate(part)
+            with self._autocast():
+                logits = sequence_logits(self._model, lowered, batch)  # [B, C]
+            total += F.cross_entropy(logits.float(), _classes(batch), reduction="sum").item()
+            predicted += logits.argmax(dim=1).tolist()
+        gold = [row.class_id for row in rows]
+        metrics = {"loss": total / len(rows), **classification_metrics(gold, predicted, self._labels)}  # type: ignore[arg-type]
+        return EvalResult(metrics, [self._labels[i] for i in predicted], len(rows))
+
+
+def _lower(prompt: Prompt | None) -> LoweredPrompt | None:
+    return None if prompt is None else prompt.lower()
+
+
+def _classes(batch: PackedBatch) -> Tensor:
+    assert batch.row_labels is not None
+    return batch.row_labels

@@ -1,0 +1,78 @@
+"""From what a user hands over to encoded rows that fit beside the prompt, or one clear error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+from datasets import Dataset
+
+from ptengine.backbone.lowering import KeyValuePrefix
+from ptengine.backbone.spec import BackboneSpec
+from ptengine.data import EncodedRow, Task, load_rows
+from ptengine.data.cells import place
+from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
+from ptengine.prompts.facts import backbone_facts
+
+__all__ = ["DataSource", "check_prompt", "encode", "room_for_text"]
+
+DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset
+
+
+def check_prompt(prompt: Prompt | None, model: Any) -> None:
+    """Refuse what is no prompt, and a prompt that was made for another backbone."""
+    if prompt is None:
+        return
+    if not isinstance(prompt, Prompt):
+        raise InputError(f"expected a ptengine prompt, got {type(prompt).__name__}")
+    prompt.facts.require_same(backbone_facts(model), "the prompt")
+
+
+def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | None) -> int:
+    """Tokens a row may have: `max_length`, or what the backbone's positions leave beside the P virtual tokens.
+
+    Raises:
+        InputError: the prompt leaves no room, or `max_length` is more than it leaves.
+    """
+    taken = 0 if prompt is None else prompt.num_virtual_tokens
+    room = spec.max_positions - taken
+    if room < 1:
+        raise InputError(
+            f"expected a prompt of fewer virtual tokens than the backbone's {spec.max_positions} positions, got {taken}"
+        )
+    if max_length is not None and max_length > room:
+        raise InputError(
+            f"expected max_length of at most {room} (the backbone's {spec.max_positions} positions minus {taken} "
+            f"virtual tokens), got {max_length}"
+        )
+    return max_length or room
+
+
+def encode(
+    task: Task,
+    data: DataSource,
+    tokenizer: Any,
+    prompt: Prompt | None,
+    max_tokens: int,
+    truncation: bool,
+    name: str,
+) -> list[EncodedRow]:
+    """Read and encode `data`; errors call it by its path, or by `name` where it has none.
+
+    Raises:
+        InputError: as `load_rows` and `Task.encode`; also a row whose target nothing stands before, unless `prompt` has
+            virtual tokens to predict it from.
+    """
+    source_name = os.fspath(data) if isinstance(data, str | os.PathLike) else name
+    dataset = load_rows(data, name=source_name)
+    rows = task.encode(dataset, tokenizer, max_tokens=max_tokens, truncation=truncation, source_name=source_name).rows
+    if task.backbone_kind == "causal" and (prompt is None or isinstance(prompt.lower(), KeyValuePrefix)):
+        for row in rows:
+            if row.prompt_length == 0:
+                raise InputError(
+                    f"{place(source_name, row.index)}: expected at least one token before the target, got an empty "
+                    "text; only virtual tokens can predict a first token"
+                )
+    return rows

@@ -1,0 +1,371 @@
+"""The trainer: tunes one prompt (and a classification head) against a frozen backbone, and can always go on.
+
+This is the boundary: everything a user hands over is checked here, before any work. The run itself is `Run`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptengine.backbone.spec import backbone_spec
+from ptengine.data import EncodedRow, Task
+from ptengine.errors import InputError
+from ptengine.files import make_directory
+from ptengine.prompts.base import Prompt
+from ptengine.training.checkpoints import Checkpoint, checkpoint_steps, newest_checkpoint, read_checkpoint
+from ptengine.training.config import TrainingConfig
+from ptengine.training.folders import clean_leftovers, exclusive
+from ptengine.training.freezing import frozen, head_parameters
+from ptengine.training.identity import environment, fingerprint_rows, require_same_run, run_identity
+from ptengine.training.interruption import Interruption
+from ptengine.training.journal import LOG_NAME, Journal, draw_curve
+from ptengine.training.objective import make_objective
+from ptengine.training.optimization import warmup_steps
+from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
+from ptengine.training.randomness import load_random_state, random_state, seed_everything
+from ptengine.training.run import Interrupted, Plan, Run
+
+__all__ = ["Trainer", "TrainingResult"]
+
+_TRACES = (LOG_NAME, "best", "prompt", "curve.png")
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """What a run did and where it left it.
+
+    Attributes:
+        losses: training loss of every optimiser step from the first on, those before a resumption included.
+        evaluations: every evaluation in order: ``step``, ``epoch`` and the metrics.
+        best: the entry of `evaluations` that `metric_for_best_model` picked; None without evaluations.
+        metrics: the metrics of the evaluation of the weights that the prompt now has: those of `best` with
+            `load_best_model_at_end`, else of the last evaluation; empty without evaluations.
+        steps: optimiser steps done.
+        epochs: passes over the training data done.
+        stopped_early: whether `early_stopping_patience` ended the run.
+        seconds: wall time of this call of `fit`.
+        tokens_per_second: text tokens (virtual tokens not counted) per second of this call's optimiser steps; 0.0 where
+            there was none left to do.
+        peak_memory: bytes: on CUDA the most allocated during the run, elsewhere the largest resident size the process
+            has had so far.
+        prompt_path: folder for `ptengine.load_prompt`, with ``head.safetensors`` where a head was trained.
+        best_path: the same for the best evaluation; None without evaluations.
+        log_path, curve_path: the JSONL log and the curve.
+        checkpoints: the checkpoint folders that are there, oldest first.
+    """
+
+    losses: list[float]
+    evaluations: list[dict[str, float]]
+    best: dict[str, float] | None
+    metrics: dict[str, float]
+    steps: int
+    epochs: float
+    stopped_early: bool
+    seconds: float
+    tokens_per_second: float
+    peak_memory: int
+    prompt_path: Path
+    best_path: Path | None
+    log_path: Path
+    curve_path: Path
+    checkpoints: list[Path]
+
+
+class Trainer:
+    """Tunes `prompt` against a frozen `model`.
+
+    The backbone's weights never change: for the run it is patched (`ptengine.patched`), in eval mode and without
+    gradients; all three are put back afterwards. A `SequenceClassificationTask` also trains the model's head, in place.
+
+    Args:
+        model: a transformers model.
+        prompt: what is trained, in place; moved to the model's device. None trains the head alone.
+        train_data: a path, a list of dicts or a `datasets.Dataset`; see `ptengine.data.load_rows`.
+        eval_data: the same, or None.
+        config: the settings.
+        task: what a row asks of the model: a task of `ptengine.data`.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        InputError: anything that does not fit, named: see `TrainingConfig` and `ptengine.data`; also a prompt made for
+            another backbone, a prompt longer than the context, evaluation settings without evaluation data, a metric
+            the task does not have.
+        UnsupportedModelError: the model type is not supported.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        prompt: Prompt | None,
+        train_data: DataSource,
+        eval_data: DataSource | None = None,
+        config: TrainingConfig | None = None,
+        *,
+        task: Task,
+        tokenizer: Any,
+    ) -> None:
+        if not isinstance(config, TrainingConfig):
+            raise InputError(f"expected config, a TrainingConfig, got {type(config).__name__}")
+        if not isinstance(task, Task):
+            raise InputError(f"expected task, a task of ptengine.data, got {type(task).__name__}")
+        spec = backbone_spec(model)
+        check_prompt(prompt, model)
+        self.model = model
+        self.prompt = prompt
+        self.config = config
+        self.task = task
+        self._objective = make_objective(task, model, spec, tokenizer, config.bf16)
+        self._head = head_parameters(model) if task.kind == "sequence_classification" else {}
+        self._device = spec.word_embeddings.weight.device
+        self._check_trainable()
+        self._check_evaluation(eval_data is not None)
+        room = room_for_text(spec, prompt, config.max_length)
+        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train")
+        self._eval: list[EncodedRow] = (
+            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval") if eval_data is not None else []
+        )
+        if prompt is not None:
+            prompt.to(self._device)
+        self._steps_per_epoch = math.ceil(
+            math.ceil(len(self._train) / config.per_device_train_batch_size) / config.gradient_accumulation_steps
+        )
+        self._total_steps = (
+            config.max_steps
+            if config.max_steps != -1
+            else math.ceil(round(config.num_train_epochs * self._steps_per_epoch, 6))
+        )
+        warmup_steps(config, self._total_steps)
+
+    def fit(self, resume: bool | str | os.PathLike[str] = False) -> TrainingResult:
+        """Train, and write everything into ``config.output_dir``.
+
+        Resuming is exact: on one machine and one version of torch the resumed run's losses, evaluations and final
+        prompt equal those of the uninterrupted run bit for bit on CPU. For that the settings, the data, the prompt's
+        method and shapes, and the backbone must be those of the checkpoint. Free to change are `output_dir`,
+        `save_strategy`, `save_steps`, `save_total_limit`, `logging_steps`, `load_best_model_at_end`, `report_to`,
+        `disable_tqdm`, and, with a constant schedule without `warmup_ratio`, `max_steps` and `num_train_epochs` (a run
+        is evaluated after its last step, so a longer one may have an evaluation less). Resuming a finished run does no
+        steps and returns its result.
+
+        Args:
+            resume: False starts a new run in an output_dir without one. True goes on from the newest complete
+                checkpoint in output_dir (a torn one is named in a warning and passed over), and from the start where
+                there is none, so a job that may be killed at any time can always pass True. A path goes on from that
+                checkpoint folder; output_dir must then hold no newer one.
+
+        Returns:
+            What was done.
+
+        Raises:
+            InputError: output_dir already holds a run and `resume` is False; another run is training in it; the
+                checkpoint is missing or torn; or something differs from the checkpoint that must not, with both values.
+            TrainingDiverged: a loss, gradient or evaluation is not finite. The step that showed it is not taken, the
+                prompt keeps the weights from before it, and nothing saved is touched.
+            SystemExit: status 143 after SIGTERM, once a checkpoint is written.
+            KeyboardInterrupt: after SIGINT, once a checkpoint is written; a second SIGINT does not wait for it.
+        """
+        started = time.perf_counter()
+        output_dir = make_directory(self.config.output_dir)
+        with exclusive(output_dir):
+            checkpoint = self._starting_point(output_dir, resume)
+            plan = self._plan(output_dir)
+            if checkpoint is not None:
+                _require_exact(checkpoint, plan)
+            clean_leftovers(output_dir)
+            result = None
+            with self._conditions(), Interruption() as interruption:
+                run = Run(plan, self._objective, self.prompt, self._head, self._train, self._eval)
+                if checkpoint is not None:
+                    run.restore(checkpoint)
+                with Journal(
+                    output_dir,
+                    run.progress.step,
+                    plan.total_steps,
+                    redo_evaluation=run.progress.evaluation_due,
+                    show_bar=not self.config.disable_tqdm,
+                    tensorboard=self.config.report_to == "tensorboard",
+                ) as journal:
+                    try:
+                        run.go(journal, interruption)
+                        result = self._finish(run, journal, started)
+                    except Interrupted:
+                        journal.record("interrupted", run.progress.step, run.epoch, {})
+        # A signal is answered even if the run came to its end before it could be obeyed.
+        if interruption.received == signal.SIGINT:
+            raise KeyboardInterrupt
+        if result is None or interruption.received is not None:
+            sys.exit(128 + signal.SIGTERM)
+        return result
+
+    def _check_trainable(self) -> None:
+        parameters = [p for p in self.prompt.parameters() if p.requires_grad] if self.prompt is not None else []
+        if not parameters and not self._head:
+            raise InputError("expected something to train, got a prompt without trainable parameters and no head")
+        for name, parameter in self.prompt.named_parameters() if self.prompt is not None else []:
+            if parameter.dtype != torch.float32:
+                raise InputError(
+                    f"expected the prompt's {name} in float32 (bf16=True is enough), got {parameter.dtype}"
+                )
+
+    def _check_evaluation(self, has_data: bool) -> None:
+        config = self.config
+        if not has_data:
+            for name in ("eval_strategy", "early_stopping_patience", "load_best_model_at_end", "metric_for_best_model"):
+                if getattr(config, name) not in (None, False, "no"):
+                    raise InputError(f"expected eval_data with {name}={getattr(config, name)!r}, got None")
+        names = self._objective.metric_names
+        if config.metric_for_best_model is not None and config.metric_for_best_model not in names:
+            raise InputError(
+                f"expected metric_for_best_model among {', '.join(names)}, got {config.metric_for_best_model!r}"
+            )
+
+    def _plan(self, output_dir: Path) -> Plan:
+        config = self.config
+        metric = config.metric_for_best_model or self._objective.default_metric
+        greater = config.greater_is_better
+        rate = config.learning_rate
+        if rate is None:
+            rate = self.prompt.default_learning_rate() if self.prompt is not None else config.head_learning_rate
+        return Plan(
+            config=config,
+            output_dir=output_dir,
+            learning_rate=rate,
+            steps_per_epoch=self._steps_per_epoch,
+            total_steps=self._total_steps,
+            eval_strategy=config.eval_strategy or ("epoch" if self._eval else "no"),
+            metric=metric,
+            greater_is_better=not any(part in metric for part in ("loss", "perplexity"))
+            if greater is None
+            else greater,
+            identity=run_identity(
+                config,
+                rate,
+                self.prompt,
+                self._head,
+                self.model,
+                fingerprint_rows(self._train),
+                fingerprint_rows(self._eval),
+            ),
+            environment=environment(self._device),
+        )
+
+    def _starting_point(self, output_dir: Path, resume: bool | str | os.PathLike[str]) -> Checkpoint | None:
+        steps = checkpoint_steps(output_dir)
+        if resume is False:
+            found = [name for name in _TRACES if (output_dir / name).exists()] + [
+                f"checkpoint-{step}" for step in steps
+            ]
+            if found:
+                raise InputError(
+                    f"expected an output_dir without a run, got {str(output_dir)!r}, which holds {', '.join(found)}; "
+                    "pass resume=True to go on with it, or another output_dir"
+                )
+            return None
+        if resume is True:
+            checkpoint, torn = newest_checkpoint(output_dir)
+            for line in torn:
+                used = f"going on from {checkpoint.path.name}" if checkpoint else "starting from the beginning"
+                warnings.warn(f"{line}; {used}", stacklevel=3)
+            return checkpoint
+        if not isinstance(resume, str | os.PathLike):
+            raise InputError(f"expected resume as True, False or a checkpoint folder, got {resume!r}")
+        path = Path(resume)
+        checkpoint = read_checkpoint(path)
+        inside = path.resolve().parent == output_dir.resolve()
+        newer = [step for step in steps if not inside or step > checkpoint.step]
+        if newer:
+            raise InputError(
+                f"expected an output_dir without checkpoints beyond {str(path)!r}, got {str(output_dir)!r} with "
+                f"checkpoint-{newer[-1]}; pass resume=True to go on from that one, or another output_dir"
+            )
+        return checkpoint
+
+    @contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """Seeded generators and a frozen backbone; the process's generators and the model are put back afterwards."""
+        generators = random_state()
+        training = [(module, module.training) for module in self.prompt.modules()] if self.prompt is not None else []
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+        try:
+            with frozen(self.model, self._head, self.config.gradient_checkpointing):
+                seed_everything(self.config.seed)
+                yield
+        finally:
+            load_random_state(*generators)
+            for module, flag in training:
+                module.training = flag
+            for parameter in self.prompt.parameters() if self.prompt is not None else []:
+                parameter.grad = None
+
+    def _finish(self, run: Run, journal: Journal, started: float) -> TrainingResult:
+        progress, plan = run.progress, run.plan
+        best = next((entry for entry in progress.evaluations if entry["step"] == progress.best_step), None)
+        held = progress.evaluations[-1] if progress.evaluations else None
+        if self.config.load_best_model_at_end and best is not None:
+            run.load_best()
+            held = best
+        metrics = {name: value for name, value in (held or {}).items() if name not in ("step", "epoch")}
+        prompt_path = run.export(plan.output_dir / "prompt", held or {"step": progress.step, "epoch": run.epoch})
+        points = [(int(entry["step"]), entry[plan.metric]) for entry in progress.evaluations]
+        curve = draw_curve(plan.output_dir / "curve.png", progress.losses, points, plan.metric)
+        seconds = time.perf_counter() - started
+        speed = run.tokens / run.seconds if run.seconds else 0.0
+        memory = _peak_memory(self._device)
+        journal.record(
+            "end", progress.step, run.epoch, {"seconds": seconds, "tokens_per_second": speed, "peak_memory": memory}
+        )
+        return TrainingResult(
+            losses=list(progress.losses),
+            evaluations=list(progress.evaluations),
+            best=best,
+            metrics=metrics,
+            steps=progress.step,
+            epochs=run.epoch,
+            stopped_early=progress.stopped_early,
+            seconds=seconds,
+            tokens_per_second=speed,
+            peak_memory=memory,
+            prompt_path=prompt_path,
+            best_path=plan.output_dir / "best" if best is not None else None,
+            log_path=journal.path,
+            curve_path=curve,
+            checkpoints=[plan.output_dir / f"checkpoint-{step}" for step in checkpoint_steps(plan.output_dir)],
+        )
+
+
+def _require_exact(checkpoint: Checkpoint, plan: Plan) -> None:
+    where = str(checkpoint.path)
+    require_same_run(checkpoint.state["identity"], plan.identity, where)
+    if checkpoint.step > plan.total_steps:
+        raise InputError(
+            f"expected max_steps of at least the {checkpoint.step} steps of {where}, got {plan.total_steps} steps"
+        )
+    before = checkpoint.state["environment"]
+    for name, now in plan.environment.items():
+        if before.get(name) != now:
+            warnings.warn(
+                f"{where} was written with {name} {before.get(name)!r}, this is {now!r}: "
+                "losses may differ from the uninterrupted run's in their last digits",
+                stacklevel=3,
+            )
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024  # kilobytes, except on macOS

@@ -1,0 +1,122 @@
+"""Fixtures of the command line's tests: tiny models and data on disk, and one call of the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertTokenizerFast,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from ptengine.assets import backbone_path
+from ptengine.cli import main
+
+GOOD, BAD = ["fine", "lovely", "great"], ["poor", "dull", "awful"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """What one command line did."""
+
+    status: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on standard output."""
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class World:
+    """Folders and files to name on a command line; tests do not change them."""
+
+    root: Path
+    llama: str
+    bert: str
+    train: str
+    test: str
+    pairs: str
+
+    def tune(self, output: Path, *more: str) -> list[str]:
+        """A short run of three steps."""
+        return [
+            "tune", "--model", self.llama, "--train", self.train, "--template", "{text} is", "--output", str(output),
+            "--num-virtual-tokens", "4", "--max-steps", "3", "--disable-tqdm", *more,
+        ]  # fmt: skip
+
+
+@pytest.fixture
+def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Call]:
+    """Run one command line in this process."""
+
+    def run(*arguments: str | Path) -> Call:
+        capsys.readouterr()
+        status = main([str(argument) for argument in arguments])
+        return Call(status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    llama, bert, t5 = root / "llama", root / "bert", root / "t5"
+    tokenizer = AutoTokenizer.from_pretrained(backbone_path())
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+        )
+    ).save_pretrained(llama)  # fmt: skip
+    tokenizer.save_pretrained(llama)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *GOOD, *BAD, "it", "was", "film"]
+    (root / "vocab.txt").write_text("\n".join(words))
+    BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=32,
+        )
+    ).bert.save_pretrained(bert)  # fmt: skip
+    BertTokenizerFast(vocab=str(root / "vocab.txt")).save_pretrained(bert)
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(t5)
+    tokenizer.save_pretrained(t5)
+    rows = [
+        {"text": f"it was {word}", "label": "good" if word in GOOD else "bad"} for word in (GOOD + BAD) * 2
+    ]
+    pairs = [{"source": word, "target": f"the film was {word}"} for word in GOOD + BAD]
+    return World(
+        root=root,
+        llama=str(llama),
+        bert=str(bert),
+        train=write_rows(root / "train.jsonl", rows),
+        test=write_rows(root / "test.jsonl", rows[:6]),
+        pairs=write_rows(root / "pairs.jsonl", pairs),
+    )

@@ -1,0 +1,327 @@
+"""Bad input through the command line: exit status 2, one line that says what was expected and what came, and nothing
+written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Build = Callable[["Bench"], list[str]]
+
+
+class Bench:
+    """Where a bad case is put together: the tests' models and data, and a folder of its own."""
+
+    def __init__(self, world: Any, folder: Path, tuned: Path) -> None:
+        self.world = world
+        self.folder = folder
+        self.tuned = tuned
+        self.out = folder / "out"
+
+    def tune(self, *more: str) -> list[str]:
+        return self.world.tune(self.out, *more)
+
+    def swapped(self, old: str, new: str, *more: str) -> list[str]:
+        """A tuning run with one argument replaced."""
+        arguments = self.tune(*more)
+        arguments[arguments.index(old)] = new
+        return arguments
+
+    def file(self, name: str, content: str | bytes) -> str:
+        path = self.folder / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+
+    def rows(self, *rows: dict[str, Any]) -> str:
+        return self.file("rows.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def train(self, path: str, *more: str) -> list[str]:
+        return self.swapped(self.world.train, path, *more)
+
+    def eval(self, *more: str) -> list[str]:
+        return ["eval", "--prompt", str(self.tuned), "--data", self.world.test, *more]
+
+    def generate(self, *more: str) -> list[str]:
+        return ["generate", "--prompt", str(self.tuned), *more]
+
+    def copy(self, name: str, source: str | Path) -> Path:
+        return Path(shutil.copytree(source, self.folder / name))
+
+    def model(self, change: Callable[[Path], object]) -> list[str]:
+        """A tuning run with a copy of the model that `change` spoils."""
+        home = self.copy("model", self.world.llama)
+        change(home)
+        return self.swapped(self.world.llama, str(home))
+
+    def prompt(self, change: Callable[[Path], object]) -> list[str]:
+        """An evaluation with a copy of the tuned prompt that `change` spoils."""
+        home = self.copy("prompt", self.tuned)
+        change(home)
+        arguments = self.eval()
+        arguments[arguments.index(str(self.tuned))] = str(home)
+        return arguments
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+GOOD, BAD = {"text": "it was fine", "label": "good"}, {"text": "it was poor", "label": "bad"}
+
+# Name of the case: how it comes about, and words that its message must hold.
+CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
+    # The command line itself
+    "no command": (lambda b: [], ("demo, tune, eval, generate, doctor", "none")),
+    "unknown command": (lambda b: ["train"], ("demo, tune, eval, generate, doctor", "'train'")),
+    "unknown option": (lambda b: b.tune("--epochs", "3"), ("'--epochs'", "ptengine tune --help")),
+    "shortened option": (lambda b: b.tune("--templ", "x"), ("'--templ'",)),
+    "required option missing": (lambda b: ["tune", "--output", str(b.out)], ("--train",)),
+    "option without value": (lambda b: b.tune("--seed"), ("--seed", "expected one argument")),
+    "word for a whole number": (lambda b: b.tune("--seed", "many"), ("--seed", "whole number", "'many'")),
+    "fraction for a whole number": (lambda b: b.tune("--save-steps", "1.5"), ("--save-steps", "'1.5'")),
+    "word for a number": (lambda b: b.tune("--learning-rate", "fast"), ("--learning-rate", "a number", "'fast'")),
+    "word for yes or no": (lambda b: b.tune("--greater-is-better", "maybe"), ("yes or no", "'maybe'")),
+    "unknown method": (lambda b: b.tune("--method", "lora"), ("--method", "soft, prefix", "'lora'")),
+    "unknown demo": (lambda b: ["demo", "--task", "mnli"], ("--task", "sms_spam, e2e_nlg", "'mnli'")),
+    "unknown dtype": (lambda b: b.tune("--dtype", "int8"), ("--dtype", "float32", "'int8'")),
+    "unknown device": (lambda b: b.tune("--device", "abacus"), ("--device", "'abacus'")),
+    "missing device": (lambda b: b.tune("--device", "cuda:31"), ("--device", "'cuda:31'")),
+    # Settings of the training run
+    "learning rate below zero": (lambda b: b.tune("--learning-rate", "-1"), ("learning_rate", "-1")),
+    "learning rate not a number": (lambda b: b.tune("--learning-rate", "nan"), ("learning_rate", "nan")),
+    "no rows in a batch": (lambda b: b.tune("--per-device-train-batch-size", "0"), ("batch_size", "0")),
+    "unknown optimiser": (lambda b: b.tune("--optim", "sgd"), ("optim", "adamw", "'sgd'")),
+    "unknown schedule": (lambda b: b.tune("--lr-scheduler-type", "step"), ("lr_scheduler_type", "'step'")),
+    "two warm-ups": (
+        lambda b: b.tune("--warmup-steps", "1", "--warmup-ratio", "0.1"),
+        ("warmup_steps or warmup_ratio", "both"),
+    ),
+    "warm-up longer than the run": (lambda b: b.tune("--warmup-steps", "9"), ("max_steps=3", "9")),
+    "evaluation without data": (lambda b: b.tune("--eval-strategy", "epoch"), ("eval_data", "epoch")),
+    "metric the task does not have": (
+        lambda b: b.tune("--eval", b.world.test, "--metric-for-best-model", "bleu"),
+        ("metric_for_best_model", "accuracy", "'bleu'"),
+    ),
+    # The task
+    "no template": (
+        lambda b: ["tune", "--train", b.world.train, "--output", str(b.out)],
+        ("--template", "--text-column", "neither"),
+    ),
+    "two kinds of task": (lambda b: b.tune("--text-column", "text"), ("--template", "--text-column", "got")),
+    "label words for a generation task": (
+        lambda b: b.tune("--target-column", "text", "--label-words", "a= a,b= b"),
+        ("--label-words", "--target-column"),
+    ),
+    "template without a column": (lambda b: b.swapped("{text} is", "hello"), ("column in braces", "'hello'")),
+    "template with a lone brace": (lambda b: b.swapped("{text} is", "{text} {"), ("paired braces", "character 7")),
+    "template that holds the answer": (lambda b: b.swapped("{text} is", "{text} {label}"), ("'label'", "answer")),
+    "label words without =": (lambda b: b.tune("--label-words", "good,bad"), ("label=word", "'good'")),
+    "a label twice": (lambda b: b.tune("--label-words", "good= a,good= b"), ("different labels", "'good' twice")),
+    "one label only": (lambda b: b.tune("--label-words", "good= good"), ("two labels", "'good'")),
+    "an empty word": (lambda b: b.tune("--label-words", "good=,bad= bad"), ("not empty", "'good'")),
+    "the same word twice": (lambda b: b.tune("--label-words", "good= yes,bad= yes"), ("the same tokens", "' yes'")),
+    "label words file missing": (lambda b: b.tune("--label-words", "no/such.json"), ("no/such.json",)),
+    "label words file damaged": (lambda b: b.tune("--label-words", b.file("w.json", "{")), ("json", "w.json")),
+    "label words file of a list": (lambda b: b.tune("--label-words", b.file("w.json", "[1]")), ("object", "list")),
+    # The data
+    "no such file": (lambda b: b.train("no/such.jsonl"), ("no/such.jsonl", "there is none")),
+    "unknown kind of file": (lambda b: b.train(b.file("rows.txt", "x")), (".csv, .json", "'.txt'")),
+    "a folder for a file": (lambda b: b.train(str(b.folder / "d.csv")), ("d.csv", "directory")),
+    "an empty file": (lambda b: b.train(b.file("rows.jsonl", "")), ("rows.jsonl", "row")),
+    "a header without rows": (lambda b: b.train(b.file("rows.csv", "text,label\n")), ("rows.csv", "row")),
+    "damaged json": (lambda b: b.train(b.file("rows.jsonl", '{"text": "a"\n')), ("rows.jsonl",)),
+    "not UTF-8": (lambda b: b.train(b.file("rows.csv", b"text,label\n\xff\xfe,good\n")), ("rows.csv", "UTF-8")),
+    "damaged parquet": (lambda b: b.train(b.file("rows.parquet", b"PAR1nothing")), ("rows.parquet",)),
+    "column of the template missing": (
+        lambda b: b.train(b.rows({"txt": "a", "label": "good"}, {"txt": "b", "label": "bad"})),
+        ("'text'", "'txt'"),
+    ),
+    "column of the label missing": (
+        lambda b: b.tune("--label-column", "stars"),
+        ("'stars'", "'text', 'label'"),
+    ),
+    "label without a word": (
+        lambda b: b.train(b.rows(GOOD, GOOD | {"label": "great"}), "--label-words", "good= good,bad= bad"),
+        ("row 1", "'good', 'bad'", "'great'"),
+    ),
+    "empty label": (lambda b: b.train(b.rows(GOOD, BAD | {"label": None})), ("row 1", "'label'", "null")),
+    "empty text": (lambda b: b.train(b.rows(GOOD, BAD | {"text": None})), ("row 1", "'text'", "null")),
+    "one label in all rows": (lambda b: b.train(b.rows(GOOD, GOOD)), ("two labels", "'good'")),
+    "text longer than the context": (
+        lambda b: b.train(b.rows(GOOD, BAD | {"text": "word " * 80})),
+        ("row 1", "at most 60 tokens"),
+    ),
+    "max_length beyond the context": (lambda b: b.tune("--max-length", "64"), ("max_length", "60", "64")),
+    "broken evaluation data": (lambda b: b.tune("--eval", b.rows(GOOD | {"label": "so-so"})), ("row 0", "'so-so'")),
+    "broken test data": (lambda b: b.tune("--test", b.rows({"text": "a"})), ("'label'", "'text'")),
+    "empty target": (
+        lambda b: b.train(b.rows({"text": "a", "says": " "}), "--target-column", "says"),
+        ("row 0", "'says'"),
+    ),
+    # The model
+    "no such model": (lambda b: b.swapped(b.world.llama, "no/such"), ("--model", "'no/such'", "no such folder")),
+    "a file for a model": (lambda b: b.swapped(b.world.llama, b.world.train), ("--model", "a file")),
+    "a folder without a model": (lambda b: b.swapped(b.world.llama, str(b.folder)), ("checkpoint", str(b.folder))),
+    "unsupported model": (
+        lambda b: b.swapped(b.world.llama, str(b.world.root / "t5")),
+        ("bert, gpt2, llama, qwen3", "'t5'"),
+    ),
+    "damaged weights": (lambda b: b.model(lambda home: half(home / "model.safetensors")), ("weights",)),
+    "weights missing": (lambda b: b.model(lambda home: (home / "model.safetensors").unlink()), ("model",)),
+    "weights of fewer layers": (lambda b: b.model(lambda home: edit(home / "config.json", num_hidden_layers=3)),
+        ("all weights", "missing")),
+    "damaged configuration": (lambda b: b.model(lambda home: half(home / "config.json")), ("checkpoint",)),
+    "damaged tokenizer": (lambda b: b.model(lambda home: half(home / "tokenizer.json")), ("tokenizer",)),
+    "encoder for a template": (lambda b: b.swapped(b.world.llama, b.world.bert), ("--text-column", "'bert'")),
+    "causal model for a head": (
+        lambda b: ["tune", "--train", b.world.train, "--text-column", "text", "--model", b.world.llama, "--output",
+                   str(b.out)],
+        ("--template", "'llama'"),
+    ),
+    # The prompt
+    "no virtual tokens": (lambda b: b.tune("--num-virtual-tokens", "0"), ("--num-virtual-tokens", "at least 1", "'0'")),
+    "more virtual tokens than positions": (lambda b: b.tune("--num-virtual-tokens", "64"), ("below the 64", "64")),
+    "unknown start": (lambda b: b.tune("--init", "magic"), ("init", "random", "'magic'")),
+    "start from text without one": (lambda b: b.tune("--init", "text"), ("init_text", "None")),
+    "text that would be ignored": (lambda b: b.tune("--init-text", "so"), ("init='random'", "init_text")),
+    "option of another method": (lambda b: b.tune("--projection"), ("'soft_prompt'", "'projection'")),
+    "array of another shape": (
+        lambda b: b.tune("--init", "array", "--init-array", b.file("a.npy", NPY)),
+        ("shape", "16]", "[2, 3]"),
+    ),
+    "array file missing": (lambda b: b.tune("--init", "array", "--init-array", "no.npy"), ("no.npy",)),
+    "start from a prompt that is none": (
+        lambda b: b.tune("--init", "prompt", "--init-prompt", str(b.folder)),
+        ("prompt.json", str(b.folder)),
+    ),
+    # The output
+    "output folder in use": (lambda b: b.swapped(str(b.out), str(b.folder)), ("--output", "not empty")),
+    "a file for the output": (lambda b: b.swapped(str(b.out), b.file("f", "x")), ("--output", "no folder")),
+    "output below a file": (lambda b: b.swapped(str(b.out), b.file("f", "x") + "/out"), ("directory",)),
+    "checkpoint that is none": (lambda b: b.tune("--resume", str(b.folder)), (str(b.folder),)),
+    "checkpoint of another run": (
+        lambda b: b.tune("--resume", str(b.tuned / "checkpoint-3"), "--seed", "7"),
+        ("seed=42", "7"),
+    ),
+    "another task in the folder to go on with": (
+        lambda b: b.swapped(str(b.out), str(b.copy("run", b.tuned)), "--resume", "--label-words", "good= yes,bad= no"),
+        ("task", "task.json"),
+    ),
+    "demo output in use": (lambda b: ["demo", "--output", str(b.folder)], ("--output", "not empty")),
+    # Evaluating and generating
+    "no such prompt": (lambda b: ["eval", "--prompt", "no/such", "--data", b.world.test], ("--prompt", "'no/such'")),
+    "a folder without a prompt": (
+        lambda b: ["eval", "--prompt", str(b.folder), "--data", b.world.test],
+        ("prompt.json", str(b.folder)),
+    ),
+    "prompt without its task": (lambda b: b.prompt(lambda home: (home / "task.json").unlink()), ("task.json",)),
+    "damaged task": (lambda b: b.prompt(lambda home: half(home / "task.json")), ("json", "task.json")),
+    "task of a later version": (
+        lambda b: b.prompt(lambda home: edit(home / "task.json", format_version=2)),
+        ("format version 1", "task.json"),
+    ),
+    "unknown kind of task": (
+        lambda b: b.prompt(lambda home: edit(home / "task.json", task={"kind": "ranking"})),
+        ("classification", "'ranking'"),
+    ),
+    "task with a field missing": (
+        lambda b: b.prompt(lambda home: edit(home / "task.json", task={"kind": "generation"})),
+        ("target_column", "'kind'"),
+    ),
+    "damaged prompt": (
+        lambda b: b.prompt(lambda home: half(home / "prompt" / "prompt.safetensors")),
+        ("safetensors",),
+    ),
+    "prompt of another backbone": (
+        lambda b: b.eval("--model", str(b.world.root.parent / "embedded")),
+        ("hidden_size 16", "256"),
+    ),
+    "evaluation without its label": (
+        lambda b: ["eval", "--prompt", str(b.tuned), "--data", b.rows({"text": "a"})],
+        ("'label'", "'text'"),
+    ),
+    "texts of a classification task": (lambda b: b.eval("--write-texts"), ("GenerationTask", "ClassificationTask")),
+    "predictions in no folder": (lambda b: b.eval("--predictions", "no/such/file"), ("--predictions", "no/such/file")),
+    "no rows to generate for": (lambda b: b.generate(), ("--text, --column and --data", "none")),
+    "two sources of rows": (
+        lambda b: b.generate("--text", "a", "--data", b.world.test),
+        ("--text, --column and --data", "text and data"),
+    ),
+    "column without =": (lambda b: b.generate("--column", "text"), ("NAME=TEXT", "'text'")),
+    "column the template does not have": (lambda b: b.generate("--column", "title=a"), ("text", "'title'")),
+    "sampling options without sampling": (lambda b: b.generate("--text", "a", "--top-p", "0.5"), ("--do-sample",)),
+    "temperature of zero": (lambda b: b.generate("--text", "a", "--do-sample", "--temperature", "0"), ("above 0", "0")),
+    "beams for a label": (lambda b: b.generate("--text", "a", "--num-beams", "2"), ("--num-beams", "classification")),
+}
+
+NPY = (
+    b"\x93NUMPY\x01\x00" + (118).to_bytes(2, "little")
+    + b"{'descr': '<f4', 'fortran_order': False, 'shape': (2, 3), }".ljust(117) + b"\n" + bytes(24)
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tuned(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ptengine.assets import backbone_path
+    from ptengine.cli import main
+
+    (world.root.parent / "embedded").symlink_to(backbone_path())
+    output = tmp_path_factory.mktemp("tuned") / "out"
+    assert main(world.tune(output)) == 0
+    return output
+
+
+def contents(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_bad_input(
+    name: str, world: Any, tuned: Path, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "d.csv").mkdir()
+    build, expected = CASES[name]
+    arguments = build(Bench(world, tmp_path, tuned))
+    before = contents(tmp_path) | contents(tuned)
+    result = call(*arguments)
+    assert result.status == 2
+    assert result.out == ""
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    assert result.err.endswith("\n")
+    for words in expected:
+        assert words in result.err
+    assert contents(tmp_path) | contents(tuned) == before
+
+
+def test_a_forced_backend_that_is_none(world: Any, call: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """It came as a traceback from the first step of the training, after the output folder had been made."""
+    for forced in ("cuda", "triton"):
+        monkeypatch.setenv("PTENGINE_BACKEND", forced)
+        result = call(*world.tune(tmp_path / "out"))
+        assert result.status == 2
+        assert f"PTENGINE_BACKEND={forced}" in result.err
+        assert result.err.count("\n") == 1
+        assert not (tmp_path / "out").exists()
+
+
+def test_an_output_nobody_may_write(world: Any, call: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("os.access", lambda *_: False)
+    result = call(*world.tune(tmp_path / "out"))
+    assert result.status == 2
+    assert "permission denied" in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(CASES) >= 60

@@ -1,0 +1,121 @@
+"""Files that are wholly there or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import ptengine.files
+from ptengine.errors import InputError
+from ptengine.files import (
+    make_directory,
+    save_safetensors_atomic,
+    write_atomic,
+    write_json_atomic,
+    write_together,
+)
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+@pytest.mark.parametrize("content", [b"new", lambda file: file.write(b"new")])
+def test_content_replaces_what_was_there(tmp_path, content):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"old and longer")
+    assert write_atomic(str(path), content) == path
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_a_file_gets_the_permissions_of_an_ordinary_new_one(tmp_path):
+    """mkstemp's 0600 would hide results from the group."""
+    (tmp_path / "ordinary").write_bytes(b"")
+    path = write_atomic(tmp_path / "ours", b"")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
+def test_a_failing_writer_leaves_the_old_file_and_nothing_else(tmp_path, error):
+    path = write_atomic(tmp_path / "a.bin", b"old")
+
+    def half(file):
+        file.write(b"ne")
+        raise error
+
+    with pytest.raises(type(error)):
+        write_atomic(path, half)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def test_the_file_is_synced_before_the_rename_and_the_directory_after(tmp_path, monkeypatch):
+    """Renamed first, a power cut could leave an empty file under the final name."""
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle):
+        events.append("directory" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def watched_replace(source, target):
+        events.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(ptengine.files.os, "fsync", watched_fsync)
+    monkeypatch.setattr(ptengine.files.os, "replace", watched_replace)
+    write_together(tmp_path, {"a": b"1", "b": b"2"})
+    assert events == ["file", "file", "rename", "rename", "directory"]
+
+
+def test_several_files_are_replaced_only_if_all_can_be_written(tmp_path):
+    write_together(tmp_path, {"a": b"1", "b": b"2"})
+
+    def fail(file):
+        raise OSError("no space")
+
+    with pytest.raises(OSError, match="no space"):
+        write_together(tmp_path, {"a": b"3", "b": fail})
+    assert (tmp_path / "a").read_bytes() == b"1"
+    assert names(tmp_path) == ["a", "b"]
+
+
+def test_json(tmp_path):
+    path = write_json_atomic(tmp_path / "a.json", {"b": [1, "ä"], "a": None}, sort_keys=True)
+    assert json.loads(path.read_text(encoding="utf-8")) == {"a": None, "b": [1, "ä"]}
+    assert path.read_text(encoding="utf-8").startswith('{\n  "a"')
+    for bad, error in ((float("nan"), ValueError), (object(), TypeError)):
+        with pytest.raises(error):
+            write_json_atomic(path, bad)
+    assert json.loads(path.read_text(encoding="utf-8"))["a"] is None
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_safetensors(tmp_path):
+    base = torch.arange(12.0).view(3, 4).requires_grad_()
+    tensors = {"view": base.T, "same": base, "half": base.to(torch.bfloat16), "int": torch.arange(3)}
+    path = save_safetensors_atomic(tmp_path / "a.safetensors", tensors, {"key": "value"})
+    loaded = load_file(path)
+    assert set(loaded) == set(tensors)
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype
+        assert torch.equal(loaded[name], tensor)
+    with safe_open(path, "pt") as file:
+        assert file.metadata() == {"key": "value"}
+
+
+def test_directories(tmp_path):
+    assert make_directory(tmp_path / "a" / "b").is_dir()
+    make_directory(tmp_path / "a" / "b")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(InputError, match=r"expected a directory to write to, got '.*file'"):
+        make_directory(tmp_path / "file")
+    with pytest.raises(OSError, match="missing"):
+        write_atomic(tmp_path / "missing" / "a", b"")

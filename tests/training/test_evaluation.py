@@ -1,0 +1,183 @@
+"""Evaluation against the stock computation: the prompt in the row, every word of every label scored on its own."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ptengine.backbone import is_patched
+from ptengine.data import classification_metrics, generation_metrics
+from ptengine.training import evaluate
+
+
+def _log_probs(model: Any, prompt: Any, ids: list[int]) -> torch.Tensor:
+    """Stock log probabilities [T, V]: row t is the distribution of token t, given the prompt and the tokens before."""
+    text = model.get_input_embeddings()(torch.tensor(ids))  # [T, d]
+    embeds = text if prompt is None else torch.cat([prompt.embeds, text])  # [P + T, d]
+    logits = model(inputs_embeds=embeds[None]).logits[0].float()  # [P + T, V]
+    return torch.log_softmax(logits, -1)[-len(ids) - 1 : -1]
+
+
+@torch.no_grad()
+def _classify(
+    tiny: ModuleType, model: Any, prompt: Any, task: Any, rows: list[dict[str, str]]
+) -> tuple[list[str], float]:
+    """Labels by brute force, and the mean loss over the tokens of the first word of the gold label."""
+    tokens = tiny.tokenizer()
+    predictions, total, count = [], 0.0, 0
+    for row in rows:
+        text = tokens(task.template.render(row, 0))["input_ids"]
+        scores = {}
+        for label, words in task.verbalizer.words.items():
+            per_word = []
+            for word in words:
+                target = tokens(word)["input_ids"]
+                found = _log_probs(model, prompt, text + target)[len(text) - len(text + target) :]
+                found = found[-len(target) :].gather(1, torch.tensor(target)[:, None]).sum()
+                per_word.append(found)
+                if label == row["label"] and word == words[0]:
+                    total -= found.item()
+                    count += len(target)
+            scores[label] = torch.logsumexp(torch.stack(per_word), 0).item()
+        predictions.append(max(scores, key=scores.__getitem__))
+    return predictions, total / count
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["one token", "several words and tokens"])
+@pytest.mark.parametrize("with_prompt", [False, True], ids=["hard prompt only", "soft prompt"])
+@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+def test_labels_and_loss_equal_the_stock_computation(
+    tiny: ModuleType, kind: str, with_prompt: bool, several: bool
+) -> None:
+    model = getattr(tiny, kind)().train()
+    prompt = tiny.soft(model, seed=1) if with_prompt else None
+    task, rows = tiny.words_task(several), tiny.rows(17, 3)
+    found = evaluate(model, prompt, task, rows, tiny.tokenizer(), batch_size=4)
+    assert model.training
+    assert not is_patched(model)
+    predictions, loss = _classify(tiny, model.eval(), prompt, task, rows)
+    labels = list(task.labels)
+    assert found.n == 17
+    assert found.predictions == predictions
+    assert found.metrics.pop("loss") == pytest.approx(loss, abs=1e-5)
+    gold = [labels.index(row["label"]) for row in rows]
+    assert found.metrics == classification_metrics(gold, [labels.index(label) for label in predictions], labels)
+
+
+def test_all_words_of_a_label_count(tiny: ModuleType) -> None:
+    """Two words of 0.3 each beat one of 0.4: labels compare by summed probability, not by their best word."""
+    from ptengine.data import ClassificationTask, Template, Verbalizer
+
+    model = tiny.gpt2()
+    rows = tiny.rows(30, 5)
+    one = ClassificationTask(Template("{text} it was"), Verbalizer({"neg": " bad", "pos": " good"}))
+    more = ClassificationTask(
+        Template("{text} it was"), Verbalizer({"neg": [" bad", " poor", " dull"], "pos": " good"})
+    )
+    few = evaluate(model, None, one, rows, tiny.tokenizer()).predictions
+    many = evaluate(model, None, more, rows, tiny.tokenizer()).predictions
+    assert many == _classify(tiny, model.eval(), None, more, rows)[0]
+    assert few != many
+
+
+@pytest.mark.parametrize("batch_size", [1, 5, 32])
+def test_generation_loss_is_weighted_by_tokens(tiny: ModuleType, batch_size: int) -> None:
+    model = tiny.gpt2()
+    prompt = tiny.soft(model, seed=2)
+    rows = tiny.rows(11, 4)
+    for i, row in enumerate(rows):
+        row["target"] = " ".join(["fine"] * (1 + 3 * (i % 3)))
+    found = evaluate(model, prompt, tiny.text_task(), rows, tiny.tokenizer(), batch_size=batch_size)
+    model.eval()
+    tokens, total, count = tiny.tokenizer(), 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            text = tokens(f"{row['text']} it")["input_ids"]
+            target = [*tokens(row["target"])["input_ids"], tokens.eos_token_id]
+            log_probs = _log_probs(model, prompt, text + target)[-len(target) :]
+            total -= log_probs.gather(1, torch.tensor(target)[:, None]).sum().item()
+            count += len(target)
+    assert found.metrics["loss"] == pytest.approx(total / count, abs=1e-5)
+    assert found.metrics["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found.predictions == []
+
+
+@torch.no_grad()
+def _greedy(model: Any, prompt: Any, ids: list[int], new: int, eos: int) -> list[int]:
+    out: list[int] = []
+    while len(out) < new and (not out or out[-1] != eos):
+        text = model.get_input_embeddings()(torch.tensor(ids + out))
+        embeds = text if prompt is None else torch.cat([prompt.embeds, text])
+        out.append(int(model(inputs_embeds=embeds[None]).logits[0, -1].argmax()))
+    return out
+
+
+@pytest.mark.parametrize("with_prompt", [False, True])
+def test_generated_texts_stand_in_the_rows_order(tiny: ModuleType, with_prompt: bool) -> None:
+    """Rows of like length share a batch, so texts come back in another order than they are asked for."""
+    model = tiny.llama()
+    prompt = tiny.soft(model, seed=2) if with_prompt else None
+    rows, tokens = tiny.rows(9, 6), tiny.tokenizer()
+    found = evaluate(
+        model, prompt, tiny.text_task(), rows, tokens, batch_size=2, generate=True, max_new_tokens=4
+    )  # fmt: skip
+    texts = [
+        tokens.decode(_greedy(model.eval(), prompt, tokens(f"{row['text']} it")["input_ids"], 4, tokens.eos_token_id),
+                      skip_special_tokens=True)
+        for row in rows
+    ]  # fmt: skip
+    assert found.predictions == texts
+    scores = generation_metrics(texts, [[row["target"]] for row in rows])
+    assert {name: found.metrics[name] for name in scores} == scores
+
+
+def test_encoder_head_equals_the_stock_model(tiny: ModuleType) -> None:
+    model, tokens = tiny.bert(), tiny.tokenizer(True)
+    rows = tiny.rows(10, 3)
+    found = evaluate(model, None, tiny.head_task(), rows, tokens, batch_size=4)
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(torch.tensor([tokens(row["text"])["input_ids"]])).logits for row in rows])
+    gold = torch.tensor([["neg", "pos"].index(row["label"]) for row in rows])
+    assert found.predictions == [["neg", "pos"][i] for i in logits.argmax(1)]
+    assert found.metrics["loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, gold).item(), abs=1e-5)
+
+
+def test_evaluation_reads_a_file(tiny: ModuleType, tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("text,label\nfilm was fine,pos\nfilm was dull,neg\n")
+    found = evaluate(tiny.gpt2(), None, tiny.words_task(), path, tiny.tokenizer())
+    assert found.n == len(found.predictions) == 2
+
+
+def test_training_and_evaluation_see_the_same_numbers(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.gpt2()
+    prompt = tiny.soft(model)
+    rows = tiny.rows(9, 1)
+    result = tiny.trainer(tmp_path, model, prompt, evaluation=rows, per_device_eval_batch_size=4).fit()
+    found = evaluate(model, prompt, tiny.words_task(), rows, tiny.tokenizer(), batch_size=4)
+    assert found.metrics == result.metrics
+
+
+def test_a_prompt_learns_the_task(tiny: ModuleType, tmp_path: Path) -> None:
+    """The whole way: on a backbone that can tell the classes apart, a few steps of tuning beat the frozen model."""
+    model = tiny.gpt2(dropout=0.0)
+    train, test, tokens = tiny.rows(200, 8), tiny.rows(100, 9), tiny.tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    # Pretraining teaches the continuation "fine" or "dull", never the label words.
+    for row in train * 2:
+        text = f"{row['text']} was {'fine' if row['label'] == 'pos' else 'dull'}"
+        ids = torch.tensor([tokens(text)["input_ids"]])
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = evaluate(model, None, tiny.words_task(), test, tokens).metrics["loss"]
+    prompt = tiny.prefix(model)
+    tiny.trainer(tmp_path, model, prompt, train=train, max_steps=60, per_device_train_batch_size=16).fit()
+    after = evaluate(model, prompt, tiny.words_task(), test, tokens).metrics["loss"]
+    assert after < 0.9 < 2 < before

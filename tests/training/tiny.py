@@ -1,0 +1,144 @@
+"""Tiny random backbones, a tokenizer and data, made on the spot; also imported by the child process of the kill test."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from ptengine.data import ClassificationTask, GenerationTask, SequenceClassificationTask, Template, Verbalizer
+from ptengine.prompts import Prefix, SoftPrompt
+from ptengine.training import Trainer, TrainingConfig
+
+GOOD = ["fine", "lovely", "great"]
+BAD = ["poor", "dull", "awful"]
+OTHER = ["film", "book", "song", "meal", "room", "walk", "talk", "game"]
+WORDS = [*GOOD, *BAD, *OTHER, "it", "was", "good", "bad", "very", "not", "the"]
+POSITIONS = 48
+
+
+def tokenizer(special: bool = False) -> PreTrainedTokenizerFast:
+    """Words to ids; with `special` also [CLS] and [SEP] around a text, as BERT has them."""
+    vocabulary = {word: i for i, word in enumerate(["[UNK]", "[EOS]", "[CLS]", "[SEP]", "[PAD]", *WORDS])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    if special:
+        core.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A [SEP]", special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])]
+        )
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="[UNK]", eos_token="[EOS]", pad_token="[PAD]")
+
+
+SIZE = len(WORDS) + 5
+
+
+def gpt2(dropout: float = 0.1) -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=SIZE, n_positions=POSITIONS, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout,
+            embd_pdrop=dropout, attn_pdrop=dropout, initializer_range=0.3, bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=SIZE, max_position_embeddings=POSITIONS, hidden_size=16, intermediate_size=24,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.3,
+            bos_token_id=1, eos_token_id=1,
+        )
+    )  # fmt: skip
+
+
+def bert() -> BertForSequenceClassification:
+    torch.manual_seed(0)
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=SIZE, max_position_embeddings=POSITIONS, hidden_size=16, intermediate_size=24,
+            num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, num_labels=2,
+        )
+    )  # fmt: skip
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of two to nine words; one of them says whether the text is "pos" or "neg"."""
+    draw = random.Random(seed)
+    out = []
+    for _ in range(count):
+        positive = draw.random() < 0.5
+        words = [draw.choice(OTHER) for _ in range(draw.randint(1, 8))]
+        words.insert(draw.randint(0, len(words)), draw.choice(GOOD if positive else BAD))
+        text = " ".join(words)
+        out.append({"text": text, "label": "pos" if positive else "neg", "target": f"the {words[0]} was fine"})
+    return out
+
+
+def words_task(several: bool = False) -> ClassificationTask:
+    """Labels named by words; with `several`, by several words of one or more tokens."""
+    words = (
+        {"neg": [" bad", " not fine"], "pos": [" very good", " lovely"]} if several else {"neg": " bad", "pos": " good"}
+    )
+    return ClassificationTask(Template("{text} it was"), Verbalizer(words))
+
+
+def text_task() -> GenerationTask:
+    return GenerationTask(Template("{text} it"))
+
+
+def head_task() -> SequenceClassificationTask:
+    return SequenceClassificationTask(labels=("neg", "pos"))
+
+
+def soft(model: Any, seed: int = 0) -> SoftPrompt:
+    return SoftPrompt(model, num_virtual_tokens=4, seed=seed)
+
+
+def prefix(model: Any, seed: int = 0, **options: Any) -> Prefix:
+    return Prefix(model, num_virtual_tokens=3, seed=seed, **options)
+
+
+def trainer(
+    output_dir: Path,
+    model: Any = None,
+    prompt: Any = None,
+    task: Any = None,
+    train: Any = None,
+    evaluation: Any = None,
+    tokens: Any = None,
+    **settings: Any,
+) -> Trainer:
+    """A trainer on GPT-2 with a soft prompt and word labels, unless told otherwise."""
+    model = gpt2() if model is None else model
+    settings = {
+        "learning_rate": 0.05,
+        "max_steps": 12,
+        "per_device_train_batch_size": 3,
+        "disable_tqdm": True,
+        "logging_steps": 1,
+        "seed": 7,
+        **settings,
+    }
+    return Trainer(
+        model,
+        soft(model) if prompt is None else prompt,
+        rows(20) if train is None else train,
+        evaluation,
+        TrainingConfig(output_dir=str(output_dir), **settings),
+        task=words_task() if task is None else task,
+        tokenizer=tokenizer() if tokens is None else tokens,
+    )
