@@ -234,9 +234,9 @@ def _cut(
                     source_name, i, leading, ids, reserved, max_tokens, f"even with its column {column!r} cut away"
                 )
             begin = sum(map(len, pieces[i][:slot]))
-            # Tokens that cover any of the value; dropping one also drops what shares it, so every pass gets shorter.
-            starts = [start for start, stop in spans if stop > start and stop > begin and start < begin + len(value)]
-            keep = max(starts[-excess] - begin, 0) if excess <= len(starts) else 0
+            # Cutting before a token that starts in the value drops at least one character: every pass gets shorter.
+            starts = [start for start, _ in spans if begin <= start < begin + len(value)]
+            keep = starts[-excess] - begin if excess <= len(starts) else 0
             pieces[i][slot] = value[:keep]
             still.append(i)
         pending = still

@@ -44,7 +44,7 @@ def classification_metrics(gold: Sequence[int], predicted: Sequence[int], labels
 
     scores = {"accuracy": float(accuracy_score(gold, predicted))}
     for average in ("macro", "micro", "weighted"):
-        scores[f"{average}_f1"] = float(f1_score(gold, predicted, average=average, zero_division=0))
+        scores[f"{average}_f1"] = float(f1_score(gold, predicted, average=average))
     return scores
 
 

@@ -8,6 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from ptengine.data import classification_metrics, generation_metrics
 
 
+@pytest.mark.filterwarnings("error")
 def test_classification_by_hand() -> None:
     """ham: precision 2/3, recall 1, F1 0.8; spam: precision 1, recall 1/2, F1 2/3; "other" never occurs."""
     scores = classification_metrics([0, 0, 1, 1], [0, 0, 0, 1], ["ham", "spam", "other"])

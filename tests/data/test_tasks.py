@@ -271,4 +271,5 @@ def test_encoding_does_not_warn_of_the_tokenizers_own_limit(bert: Any, caplog: p
     """The tokenizer logged a warning about model_max_length although max_tokens is checked here."""
     dataset = Dataset.from_dict({"text": ["word " * 600], "label": ["a"]})
     SequenceClassificationTask(labels=("a", "b")).encode(dataset, bert, max_tokens=1000)
+    ClassificationTask(Template("{text}"), Verbalizer.from_labels(["a", "b"])).encode(dataset, bert, max_tokens=1000)
     assert not caplog.records
