@@ -31,6 +31,13 @@ def test_automatic_choice_is_torch_until_a_kernel_is_registered() -> None:
     assert resolve_backend(None, CUDA, "tiled") == "triton"
 
 
+def test_automatic_choice_on_a_cpu_is_torch_even_where_triton_runs() -> None:
+    """Triton's interpreter is for tests: it is taken when asked for, never by itself."""
+    register("plain", "triton", lambda: "triton")
+    assert resolve_backend(None, CPU, "plain") == "torch"
+    assert resolve_backend("triton", CPU, "plain") == "triton"
+
+
 def test_argument_wins_over_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT, "reference")
     assert resolve_backend(None, CPU, "plain") == "reference"

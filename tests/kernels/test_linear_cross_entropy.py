@@ -122,9 +122,10 @@ def test_error_is_at_most_that_of_plain_pytorch(
     """Against float64: 1.5x the error of the same-dtype stock computation in the loss, 3x in the gradient.
 
     The floors are one rounding of the result to its own dtype, where the stock computation happens to hit it. "half"
-    takes the products in the tensors' own dtype, which a CPU does not choose for itself.
+    takes the products in the tensors' own dtype, which a CPU does not choose for itself, over many tiles.
     """
     if operands == "half":
+        monkeypatch.setattr(torch_path, "tile_columns", lambda *args, **kwargs: 128)
         monkeypatch.setattr(torch_path, "operand_dtype", lambda hidden, weight: weight.dtype)
     hidden, weight, labels, _ = inputs(n, d, vocabulary, dtype, ignored=False, scale=0.3)
     exact = loss_and_gradient(
@@ -137,6 +138,14 @@ def test_error_is_at_most_that_of_plain_pytorch(
     for truth, plain, ours, factor in zip(exact, peer, got, (1.5, 3.0), strict=True):
         floor = truth.abs().max() * torch.finfo(ours.dtype).eps
         assert (ours - truth).abs().max() <= factor * (plain - truth).abs().max() + floor
+
+
+def test_half_products_are_added_up_in_float32() -> None:
+    """Between 256 and 512 bfloat16 steps by 2: a running sum in it would lose a 1 from every tile."""
+    total, one = torch.full((1, 1), 256.0), torch.ones(1, 1)
+    for _ in range(5):
+        torch_path._add_product(total, one, one.bfloat16())
+    assert total.item() == 261.0
 
 
 @pytest.mark.parametrize(
@@ -340,9 +349,11 @@ def test_strides_do_not_matter_and_inputs_stay_as_they_are() -> None:
     torch.testing.assert_close(row.grad, leaf.grad.sum(0, keepdim=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_autocast_changes_nothing(backend: str) -> None:
-    hidden, weight, labels, _ = inputs(6, 16, 33, torch.float32)
+def test_autocast_changes_nothing(backend: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_path, "operand_dtype", lambda hidden, weight: weight.dtype)
+    hidden, weight, labels, _ = inputs(6, 16, 33, dtype)
     expected = linear_cross_entropy(hidden, weight, labels, backend=backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = linear_cross_entropy(hidden, weight, labels, backend=backend)

@@ -135,7 +135,7 @@ def test_dense(option: str, q_len: int, k_len: int, padding: dict[str, Tensor]) 
 
 
 def test_gradients_without_queries_are_zero() -> None:
-    """Regression: without queries no rectangle wrote the gradients of keys and values, which were left uninitialised."""
+    """Regression: without queries nothing wrote the gradients of keys and values, which were left uninitialised."""
     for _ in range(20):
         junk = [torch.full((3, 2, 9, 16), float("nan"), dtype=torch.float64) for _ in range(4)]
         del junk  # its memory is the likeliest to be handed out next
@@ -177,7 +177,9 @@ def test_prefix_equals_concatenation() -> None:
     for start, length in zip(cumulative(lengths).tolist(), lengths, strict=False):
         row = slice(start, start + length)
         filler = rows[0].new_zeros(size, 4, 16)
-        longer.append((torch.cat([filler, rows[0][row]]), torch.cat([rows[3], rows[1][row]]), torch.cat([rows[4], rows[2][row]])))
+        longer.append(
+            (torch.cat([filler, rows[0][row]]), torch.cat([rows[3], rows[1][row]]), torch.cat([rows[4], rows[2][row]]))
+        )
         text.append(torch.arange(start + size * (len(text) + 1), start + size * (len(text) + 1) + length))
     q, k, v = (torch.cat(parts) for parts in zip(*longer, strict=True))
     whole = prefix_attention_varlen(q, k, v, None, None, cumulative([n + size for n in lengths]), 30 + size)
@@ -204,7 +206,9 @@ def test_permuting_rows_permutes_results(order: tuple[int, ...]) -> None:
         rows = [torch.empty_like(x).index_copy(0, permutation, x) for x in grads[:3]]
         results.append([back.detach(), *rows, *grads[3:]])
     for before, after in zip(*results, strict=True):
-        torch.testing.assert_close(after, before, rtol=0, atol=8 * torch.finfo(torch.float32).eps * before.abs().max().item())
+        torch.testing.assert_close(
+            after, before, rtol=0, atol=8 * torch.finfo(torch.float32).eps * before.abs().max().item()
+        )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -122,7 +122,9 @@ def test_log_sum_exp(option: str) -> None:
     assert prefix_attention_varlen(*single, cu, 129, return_lse=True, **keywords)[1].dtype == torch.float32
 
 
-def dense_exact(tensors: list[Tensor], starts: list[int], ends: list[int], prompts: list[Any], **keywords: Any) -> Tensor:
+def dense_exact(
+    tensors: list[Tensor], starts: list[int], ends: list[int], prompts: list[Any], **keywords: Any
+) -> Tensor:
     """The stock way, row by row: each row's tokens cut out of the batch, padding left at zero."""
     q, k, v = tensors[:3]
     gap = k.shape[2] - q.shape[2]
@@ -172,7 +174,9 @@ def test_dense(option: str, q_len: int, k_len: int, padding: str, backend: str) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dense_in_every_dtype(dtype: torch.dtype) -> None:
-    tensors = [noise(3, heads, 40, 64, dtype=dtype, seed=heads) for heads in (4, 2, 2)] + prefixes(16, dim=64, dtype=dtype)
+    tensors = [noise(3, heads, 40, 64, dtype=dtype, seed=heads) for heads in (4, 2, 2)] + prefixes(
+        16, dim=64, dtype=dtype
+    )
     got = prefix_attention(*tensors, key_starts=index(0, 7, 39))
     exact = prefix_attention(*(x.double() for x in tensors), key_starts=index(0, 7, 39), backend="reference")
     assert isinstance(got, Tensor)

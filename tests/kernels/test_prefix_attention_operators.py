@@ -1,4 +1,4 @@
-"""prefix_attention as an operator: gradcheck, opcheck, torch.compile, what it keeps in memory, what may lie in padding."""
+"""prefix_attention as an operator: gradcheck, opcheck, torch.compile, what it keeps, what may lie in padding."""
 
 from __future__ import annotations
 
@@ -203,7 +203,9 @@ def test_what_lies_in_padding_is_not_read(option: str, poison: float, q_len: int
     padding = torch.tensor([[False] * 5, [True, True, False, False, True], [True] * 5])  # [B, Tk]
     bounds = {"key_starts": index(0, 2, 5), "key_lengths": index(5, 4, 5)}
     of_queries = padding[:, None, 5 - q_len :, None]  # [B, 1, Tq, 1]
-    dirty = [x.masked_fill(of_queries if i == 0 else padding[:, None, :, None], poison) for i, x in enumerate(clean[:3])]
+    dirty = [
+        x.masked_fill(of_queries if i == 0 else padding[:, None, :, None], poison) for i, x in enumerate(clean[:3])
+    ]
     grad = noise(3, 4, q_len, 16, seed=8)
     results = []
     for tensors, weights in ((clean, grad), (dirty + clean[3:], grad.masked_fill(of_queries, poison))):
