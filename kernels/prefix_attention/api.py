@@ -5,13 +5,14 @@ Everything is checked here, once; implementations trust their arguments. Knows t
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptengine.kernels.dispatch import implementation, resolve_backend
-from ptengine.kernels.prefix_attention import operators as _operators  # registers the implementations
+from ptengine.kernels.prefix_attention import operators as _operators  # noqa: F401 (registers the implementations)
 from ptengine.kernels.prefix_attention.scores import ScoreRules
 
 __all__ = ["prefix_attention", "prefix_attention_varlen"]
@@ -86,8 +87,8 @@ def prefix_attention_varlen(
         return_lse: also return the log-sum-exp of every query's scores.
 
     Returns:
-        out [total, H, D_v] in q's dtype; with `return_lse` also lse [H, total], fp32 (fp64 for fp64), natural logarithm,
-        without gradient. A query that sees no key gives zeros and -inf.
+        out [total, H, D_v] in q's dtype; with `return_lse` also lse [H, total], fp32 (fp64 for fp64), natural
+        logarithm, without gradient. A query that sees no key gives zeros and -inf.
 
     Raises:
         ValueError, TypeError: an argument is not as described; the message says what was expected and what came.
@@ -102,7 +103,7 @@ def prefix_attention_varlen(
         raise ValueError("expected cu_seqlens of at least one entry, got none")
     bounds = _host(cu_seqlens)
     if bounds is not None:
-        lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+        lengths = [end - start for start, end in pairwise(bounds)]
         if bounds[0] != 0 or bounds[-1] != total or any(length < 0 for length in lengths):
             raise ValueError(f"expected cu_seqlens ascending from 0 to {total}, got {_brief(bounds)}")
         if max(lengths, default=0) > max_seqlen:

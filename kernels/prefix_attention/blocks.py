@@ -24,7 +24,7 @@ def block_forward(
     scale: float,
     softcap: float | None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one rectangle: out [G, H, Tq, D] and log-sum-exp [G, H, Tq], -inf where a query sees nothing.
+    """One rectangle: out [G, H, Tq, D] and log-sum-exp [G, H, Tq], -inf where a query sees nothing.
 
     `bias` is added to the scaled (and capped) scores, broadcast to [G, H, Tq, Tk]; -inf hides a key. `causal` aligns the
     rectangle at its upper left corner.
@@ -73,7 +73,7 @@ def block_backward(
 
 
 def _fused(q: Tensor, v: Tensor, softcap: float | None) -> bool:
-    """Whether PyTorch's fused CPU kernel computes this rectangle: it knows no capping and one width for q, k and v."""
+    """Whether PyTorch's fused CPU kernel computes this rectangle: it knows no capping and one width of heads."""
     return q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1] and q.numel() > 0 and v.numel() > 0
 
 

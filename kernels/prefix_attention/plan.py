@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class DenseBlock:
         return self._without_padding(x)
 
     def _without_padding(self, x: Tensor) -> Tensor:
-        """Zeros in padded slots of [B, H, T, D]: what lies there may be anything, and a weight of 0 times NaN is NaN."""
+        """Zeros in padded slots of [B, H, T, D]: anything may lie there, and a weight of 0 times NaN is NaN."""
         return x if self.padding is None else x.masked_fill(self.padding[:, None, -x.shape[2] :, None], 0.0)
 
     def take_lse(self, lse: Tensor) -> Tensor:
@@ -183,7 +184,7 @@ def plan_varlen(
         causal: whether a token sees only its row's earlier tokens and itself.
         device: where the tensors are.
     """
-    lengths = [end - start for start, end in zip(bounds, bounds[1:], strict=False)]
+    lengths = [end - start for start, end in pairwise(bounds)]
     if source_of_row is not None:
         prefix_of_row = [lengths[source] if source >= 0 else 0 for source in source_of_row]
         readers = _group(source_of_row)
@@ -266,7 +267,7 @@ def _tokens(spans: list[tuple[int, int]], device: torch.device) -> slice | Tenso
     spans = [span for span in spans if span[1] > span[0]]
     if not spans:
         return None
-    if all(left[1] == right[0] for left, right in zip(spans, spans[1:], strict=False)):
+    if all(left[1] == right[0] for left, right in pairwise(spans)):
         return slice(spans[0][0], spans[-1][1])
     return torch.cat([torch.arange(start, end, device=device) for start, end in spans])
 

@@ -6,6 +6,8 @@ autograd. Slow on purpose; everything else is measured against it.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def prefix_attention_varlen(
     """See `ptengine.kernels.prefix_attention.prefix_attention_varlen`; returns out and lse."""
     bounds = cu_seqlens.tolist()
     outs, lses = [], []
-    for row, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for row, (start, end) in enumerate(pairwise(bounds)):
         pk, pv = k[:0], v[:0]
         if prefix_rows is not None and (source := int(prefix_rows[row])) >= 0:
             pk, pv = k[bounds[source] : bounds[source + 1]], v[bounds[source] : bounds[source + 1]]  # [P_n, H_kv, D]
@@ -101,7 +103,7 @@ def _prompt(
 def _attend(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor, prefix_v: Tensor, offset: int, rules: ScoreRules
 ) -> tuple[Tensor, Tensor]:
-    """One row: query t of q [T, H, D] is token offset + t of the row's keys [S, H_kv, D]. Returns [T, H, D_v], [H, T]."""
+    """One row: query t of q [T, H, D] is token offset + t of its keys [S, H_kv, D]. Returns [T, H, D_v], [H, T]."""
     dtype = q.dtype if q.dtype == torch.float64 else torch.float32
     num_prefix, groups = prefix_k.shape[0], q.shape[1] // k.shape[1]
     keys = torch.cat([prefix_k, k]).to(dtype).repeat_interleave(groups, dim=1)  # [P + S, H, D]
@@ -123,6 +125,6 @@ def _attend(
         sinks = rules.sinks.to(dtype)[:, None, None].expand(-1, scores.shape[1], 1)  # [H, T, 1]
         scores = torch.cat([scores, sinks], dim=-1)
     lse = torch.logsumexp(scores, dim=-1)  # [H, T]
-    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])  # a row that sees nothing: zeros
+    weights = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])  # nothing seen: zeros
     out = torch.einsum("hts,shd->thd", weights[..., : keys.shape[0]], values)  # [T, H, D_v]
     return out.to(q.dtype), lse if dtype == torch.float64 else lse.float()

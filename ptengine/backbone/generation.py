@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ptengine.backbone.attention import PrefixContext
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
-from ptengine.backbone.patching import patched, require_patched, with_prefix
+from ptengine.backbone.patching import eval_mode, patched, require_patched, with_prefix
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import capture_prefix, check_fit, stack_prefixes
 from ptengine.errors import InputError
@@ -61,8 +61,8 @@ def generate(
         [B, T + new] as from the stock `generate`, left-padded.
 
     Raises:
-        InputError: an input is empty or not as described, the prompt does not fit the model, or virtual tokens, text and
-            new tokens together exceed the model's positions.
+        InputError: an input is empty or not as described, the prompt does not fit the model, or virtual tokens,
+            text and new tokens together exceed the model's positions.
     """
     for name, reason in _REFUSED.items():
         if generation_kwargs.get(name) is not None:
@@ -70,10 +70,10 @@ def generate(
     if generation_kwargs.get("cache_implementation") not in (None, "dynamic"):
         raise InputError(f"expected the dynamic cache, got {generation_kwargs['cache_implementation']!r}")
     ids, as_text = _token_rows(inputs, tokenizer)
-    with patched(model):
+    with patched(model), eval_mode(model):
         spec = require_patched(model)
-        if spec.kind != "causal":
-            raise InputError(f"expected a causal model to generate with, got {spec.model_type!r}")
+        if spec.kind != "causal" or spec.lm_head is None:
+            raise InputError(f"expected a causal model with an LM head to generate with, got {type(model).__name__}")
         sequences, length = _generate(model, spec, prompt, ids, tokenizer, generation_kwargs)
     if not as_text:
         return sequences
@@ -105,13 +105,8 @@ def _generate(
         prefix_lengths=lengths,
         key_starts=padding.to(torch.int32),
     )
-    training = model.training
-    model.eval()
-    try:
-        with with_prefix(context, virtual):
-            sequences = model.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
-    finally:
-        model.train(training)
+    with with_prefix(context, virtual):
+        sequences = model.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
 
 

@@ -23,7 +23,7 @@ from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PrefixContext
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["is_patched", "patch", "patched", "require_patched", "unpatch", "with_prefix"]
+__all__ = ["eval_mode", "is_patched", "patch", "patched", "require_patched", "unpatch", "with_prefix"]
 
 _STATE = "_ptengine_state"
 _PREPARE = "prepare_inputs_for_generation"
@@ -65,7 +65,7 @@ def patch(model: Any) -> Any:
         attentions = _probe(model, spec)
         _link_last_mlp(spec, attentions[-1], state)
         state.handles.extend(fuse_activations(model))
-        if spec.kind == "causal":
+        if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
             setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE)))
     except BaseException:
         unpatch(model)
@@ -136,9 +136,23 @@ def with_prefix(context: PrefixContext, virtual_tokens: Tensor) -> Iterator[None
         _generating.reset(token)
 
 
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside the block; afterwards every module is in the mode it was in, which need not be one for all."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def _configs(model: nn.Module) -> list[Any]:
     """Every configuration object in the model, once: some families keep one per stack."""
-    found = {id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None}
+    found = {
+        id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
+    }
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
 
 
@@ -160,23 +174,19 @@ def _probe(model: Any, spec: BackboneSpec) -> list[nn.Module]:
     context = PrefixContext(
         cu_seqlens=torch.tensor([0, 2], dtype=torch.int32, device=device), max_seqlen=2, captured=captured
     )
-    training = model.training
-    model.eval()
-    try:
-        ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    with eval_mode(model):
         hidden = spec.base_model(
             ids, attention_mask=no_mask(device), position_ids=torch.arange(2, device=device)[None],
             **cache_off(spec), **{KEYWORD: context},
         ).last_hidden_state  # fmt: skip
-    finally:
-        model.train(training)
     missing = sorted(set(range(spec.num_layers)) - set(captured))
     if missing or hidden.shape != (1, 2, spec.hidden_size):
         raise UnsupportedModelError(
             f"model type {spec.model_type!r}: the attention of layers {missing} does not go through transformers' "
             "attention interface"
         )
-    by_layer = {
+    by_layer: dict[Any, nn.Module] = {
         module.layer_idx: module
         for module in spec.base_model.modules()
         if hasattr(module, "layer_idx") and hasattr(module, "is_causal")

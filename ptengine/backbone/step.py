@@ -231,7 +231,7 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
     """Refuse a prompt that is longer than the model's positions or whose width, layers or heads are not the model's."""
     if prompt.num_virtual_tokens > spec.max_positions:
         raise InputError(
-            f"expected at most {spec.max_positions} positions, got a prompt of {prompt.num_virtual_tokens} virtual tokens"
+            f"expected at most {spec.max_positions} positions, got a prompt of {prompt.num_virtual_tokens} tokens"
         )
     if isinstance(prompt, VirtualTokens):
         if prompt.embeds.shape[1] != spec.hidden_size:
