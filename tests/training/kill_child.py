@@ -1,7 +1,7 @@
 """Child process of the kill test: imports once, then forks one short life of a run after the other and kills it.
 
-Usage: kill_child.py FOLDER KILLS SEED. Prints one json object: how often a life was killed, and for every run that came to its
-end the folder it is in.
+Usage: kill_child.py FOLDER KILLS SEED. Prints one json object: how often a life was killed, the folder of every run
+that came to its end, and the newest checkpoint at every kill.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,12 +134,13 @@ def test_folder_belongs_to_one_run(tmp_path: Path) -> None:
 def test_optimizer_and_schedule_come_back_to_the_last_bit(tmp_path: Path, optim: str, shape: tuple[int, ...]) -> None:
     config = TrainingConfig(output_dir="x", optim=optim, lr_scheduler_type="cosine", warmup_steps=3, weight_decay=0.01)
 
-    def build(start: torch.Tensor) -> tuple:
+    def build(start: torch.Tensor) -> tuple[Any, ...]:
         prompt, head = torch.nn.Parameter(start.clone()), torch.nn.Parameter(torch.ones(3))
         optimizer = make_optimizer(config, [prompt], [head], 0.3)
         return prompt, head, optimizer, make_schedule(config, optimizer, 20)
 
-    def step(prompt, head, optimizer, schedule, number: int) -> None:  # type: ignore[no-untyped-def]
+    def step(state: tuple[Any, ...], number: int) -> None:
+        prompt, head, optimizer, schedule = state
         generator = torch.Generator().manual_seed(number)
         prompt.grad = torch.randn(shape, generator=generator)
         head.grad = torch.randn(3, generator=generator)
@@ -147,7 +149,7 @@ def test_optimizer_and_schedule_come_back_to_the_last_bit(tmp_path: Path, optim:
 
     one = build(torch.randn(shape))
     for number in range(7):
-        step(*one, number)
+        step(one, number)
     tensors, plain = optimizer_state(one[2])
     write_checkpoint(tmp_path, 7, {"o": tensors}, {"step": 7, "o": plain, "s": schedule_state(one[3])})
     saved = read_checkpoint(tmp_path / "checkpoint-7")
@@ -157,15 +159,15 @@ def test_optimizer_and_schedule_come_back_to_the_last_bit(tmp_path: Path, optim:
     load_optimizer_state(two[2], saved.tensors["o"], saved.state["o"])
     load_schedule_state(two[3], saved.state["s"])
     for number in range(7, 15):
-        step(*one, number)
-        step(*two, number)
+        step(one, number)
+        step(two, number)
         assert one[2].param_groups[0]["lr"] == two[2].param_groups[0]["lr"]
         assert torch.equal(one[0], two[0])
         assert torch.equal(one[1], two[1])
 
 
 def test_random_state_comes_back(tmp_path: Path) -> None:
-    def draw() -> tuple:
+    def draw() -> tuple[Any, ...]:
         return random.random(), random.gauss(0, 1), np.random.randn(3).tolist(), torch.randn(3).tolist()
 
     before = random_state()

@@ -42,14 +42,14 @@ def test_step_and_rows_are_named_and_nothing_is_lost(
     tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: float
 ) -> None:
     settings: dict[str, Any] = {
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "evaluation": tiny.rows(4, 1),
-        "eval_strategy": "steps", "eval_steps": 2,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_steps": 2, "eval_strategy": "steps",
+        "eval_steps": 2, "evaluation": tiny.rows(4, 1), "lr_scheduler_type": "constant",
     }  # fmt: skip
     model = tiny.gpt2()
     good = tiny.soft(model)
-    tiny.trainer(tmp_path / "good", model, good, max_steps=3, **{**settings, "lr_scheduler_type": "constant"}).fit()
+    tiny.trainer(tmp_path / "good", model, good, max_steps=3, **settings).fit()
     prompt = tiny.soft(model)
-    made = tiny.trainer(tmp_path / "bad", model, prompt, **{**settings, "lr_scheduler_type": "constant"})
+    made = tiny.trainer(tmp_path / "bad", model, prompt, **settings)
     _poison(monkeypatch, 8, lambda loss: loss * value)  # second micro-batch of step 4
     with pytest.raises(TrainingDiverged) as caught:
         made.fit()
@@ -85,7 +85,7 @@ def test_gradient_that_is_not_finite_stops_too(
     model = tiny.gpt2()
     prompt = tiny.soft(model)
     _poison(monkeypatch, 3, Poison.apply)
-    with pytest.raises(TrainingDiverged, match="step 3: the gradient has norm nan.*nothing was saved yet"):
+    with pytest.raises(TrainingDiverged, match=r"step 3: the gradient has norm nan.*nothing was saved yet"):
         tiny.trainer(tmp_path, model, prompt).fit()
     assert bool(prompt.embeds.isfinite().all())
 
@@ -103,10 +103,10 @@ def test_spoilt_weights_are_never_saved(tiny: ModuleType, tmp_path: Path, monkey
         return found
 
     monkeypatch.setattr(torch.optim.AdamW, "step", overflowing)
-    with pytest.raises(TrainingDiverged, match="step 2: prompt.embeds is not finite after the step.*checkpoint-1"):
+    with pytest.raises(TrainingDiverged, match=r"step 2: prompt\.embeds is not finite after the step.*checkpoint-1"):
         tiny.trainer(tmp_path / "a", max_steps=3, save_steps=1).fit()
     assert [path.name for path in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-1"]
-    with pytest.raises(TrainingDiverged, match="step 2: prompt.embeds is not finite after the step"):
+    with pytest.raises(TrainingDiverged, match=r"step 2: prompt\.embeds is not finite after the step"):
         tiny.trainer(tmp_path / "b", max_steps=2, save_strategy="no").fit()
     assert not (tmp_path / "b" / "prompt").exists()
 

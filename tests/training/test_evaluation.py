@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from ptengine.backbone import is_patched
-from ptengine.data import classification_metrics, generation_metrics
+from ptengine.data import ClassificationTask, Template, Verbalizer, classification_metrics, generation_metrics
 from ptengine.training import evaluate
 
 
@@ -56,33 +56,34 @@ def test_labels_and_loss_equal_the_stock_computation(
 ) -> None:
     model = getattr(tiny, kind)().train()
     prompt = tiny.soft(model, seed=1) if with_prompt else None
-    task, rows = tiny.words_task(several), tiny.rows(17, 3)
+    task, rows = tiny.words_task(several), tiny.rows(9, 3)
     found = evaluate(model, prompt, task, rows, tiny.tokenizer(), batch_size=4)
     assert model.training
     assert not is_patched(model)
     predictions, loss = _classify(tiny, model.eval(), prompt, task, rows)
     labels = list(task.labels)
-    assert found.n == 17
+    assert found.n == 9
     assert found.predictions == predictions
     assert found.metrics.pop("loss") == pytest.approx(loss, abs=1e-5)
     gold = [labels.index(row["label"]) for row in rows]
     assert found.metrics == classification_metrics(gold, [labels.index(label) for label in predictions], labels)
 
 
-def test_all_words_of_a_label_count(tiny: ModuleType) -> None:
-    """Two words of 0.3 each beat one of 0.4: labels compare by summed probability, not by their best word."""
-    from ptengine.data import ClassificationTask, Template, Verbalizer
-
-    model = tiny.gpt2()
-    rows = tiny.rows(30, 5)
-    one = ClassificationTask(Template("{text} it was"), Verbalizer({"neg": " bad", "pos": " good"}))
-    more = ClassificationTask(
-        Template("{text} it was"), Verbalizer({"neg": [" bad", " poor", " dull"], "pos": " good"})
-    )
-    few = evaluate(model, None, one, rows, tiny.tokenizer()).predictions
-    many = evaluate(model, None, more, rows, tiny.tokenizer()).predictions
-    assert many == _classify(tiny, model.eval(), None, more, rows)[0]
-    assert few != many
+def test_labels_compare_by_the_sum_over_their_words(tiny: ModuleType) -> None:
+    """Two words of 0.3 each beat one of 0.4, although each of them alone would lose."""
+    model, tokens = tiny.gpt2().eval(), tiny.tokenizer()
+    row = {"text": "film song", "label": "neg"}
+    ids = tokens("film song it was")["input_ids"]
+    with torch.no_grad():
+        following = model(torch.tensor([ids])).logits[0, -1].softmax(-1)  # [V]
+    ranked = sorted(tiny.WORDS, key=lambda word: -following[tokens(word)["input_ids"][0]].item())
+    top = following[tokens(ranked[0])["input_ids"][0]]
+    rest = sum(following[tokens(word)["input_ids"][0]] for word in ranked[1:])
+    assert top < rest
+    template = Template("{text} it was")
+    for others, label in (([ranked[1]], "neg"), (ranked[1:], "pos")):
+        task = ClassificationTask(template, Verbalizer({"neg": ranked[0], "pos": others}))
+        assert evaluate(model, None, task, [row], tokens).predictions == [label]
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 32])
@@ -164,20 +165,13 @@ def test_training_and_evaluation_see_the_same_numbers(tiny: ModuleType, tmp_path
     assert found.metrics == result.metrics
 
 
-def test_a_prompt_learns_the_task(tiny: ModuleType, tmp_path: Path) -> None:
-    """The whole way: on a backbone that can tell the classes apart, a few steps of tuning beat the frozen model."""
-    model = tiny.gpt2(dropout=0.0)
-    train, test, tokens = tiny.rows(200, 8), tiny.rows(100, 9), tiny.tokenizer()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    # Pretraining teaches the continuation "fine" or "dull", never the label words.
-    for row in train * 2:
-        text = f"{row['text']} was {'fine' if row['label'] == 'pos' else 'dull'}"
-        ids = torch.tensor([tokens(text)["input_ids"]])
-        model(ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def test_a_prompt_learns_which_words_are_asked_for(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.gpt2()
+    train, test, tokens = tiny.rows(100, 8), tiny.rows(50, 9), tiny.tokenizer()
     before = evaluate(model, None, tiny.words_task(), test, tokens).metrics["loss"]
     prompt = tiny.prefix(model)
-    tiny.trainer(tmp_path, model, prompt, train=train, max_steps=60, per_device_train_batch_size=16).fit()
+    tiny.trainer(
+        tmp_path, model, prompt, train=train, max_steps=40, per_device_train_batch_size=16, learning_rate=0.5
+    ).fit()
     after = evaluate(model, prompt, tiny.words_task(), test, tokens).metrics["loss"]
-    assert after < 0.9 < 2 < before
+    assert after < 2.5 < 4.0 < before

@@ -82,16 +82,16 @@ def test_resumed_run_equals_the_uninterrupted_one(tiny: ModuleType, tmp_path: Pa
         return tiny.trainer(
             tmp_path / folder, model, prompt, evaluation=tiny.rows(9, 1), max_steps=12, save_steps=5,
             eval_strategy="steps", eval_steps=4, load_best_model_at_end=True, metric_for_best_model="loss",
+            greater_is_better=True,  # so that the evaluation before the checkpoint stays the best
             **CASES[case],
         )  # fmt: skip
 
     whole = make("whole", 0).fit()
-    for step in (5, 10):
-        folder = tmp_path / f"resumed-{step}"
-        folder.mkdir()
-        shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", folder / f"checkpoint-{step}")
-        shutil.copy(whole.log_path, folder / "log.jsonl")
-        _assert_same_run(whole, make(folder.name, seed=99).fit(resume=True))
+    # Seven steps are an epoch (ten with accumulation): step 5 is in the middle of one, behind one evaluation.
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-5", tmp_path / "resumed" / "checkpoint-5")
+    shutil.copy(whole.log_path, tmp_path / "resumed")
+    _assert_same_run(whole, make("resumed", seed=99).fit(resume=True))
 
 
 def test_head_resumes_exactly(tiny: ModuleType, tmp_path: Path) -> None:
@@ -176,7 +176,7 @@ def test_resume_from_a_path_goes_into_a_new_folder(tiny: ModuleType, tmp_path: P
 def test_saved_run_is_never_started_over(tiny: ModuleType, tmp_path: Path) -> None:
     tiny.trainer(tmp_path, max_steps=2).fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    with pytest.raises(InputError, match="holds log.jsonl, prompt, checkpoint-2; pass resume=True"):
+    with pytest.raises(InputError, match=r"holds log\.jsonl, prompt, checkpoint-2; pass resume=True"):
         tiny.trainer(tmp_path, max_steps=2).fit()
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
@@ -261,18 +261,17 @@ class _Tripwire:
         return self.function(*arguments, **options)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize(
-    ("where", "call", "step"),
-    # Two micro-batches a step, one label_hidden per micro-batch (inside packed_loss) and one per evaluation batch.
+    ("number", "where", "call", "step"),
+    # Two micro-batches a step; an evaluation batch calls label_hidden, a micro-batch packed_loss.
     [
-        ("packed_loss", 7, 3),
-        ("packed_loss", 8, 4),
-        ("packed_loss", 1, 0),
-        ("label_hidden", 1, 4),
-        ("label_hidden", 2, 4),
+        pytest.param(signal.SIGTERM, "packed_loss", 7, 3, id="first half of step 4"),
+        pytest.param(signal.SIGINT, "packed_loss", 7, 3, id="interrupt in step 4"),
+        pytest.param(signal.SIGTERM, "packed_loss", 8, 4, id="second half of step 4"),
+        pytest.param(signal.SIGTERM, "packed_loss", 1, 0, id="first half of step 1"),
+        pytest.param(signal.SIGTERM, "label_hidden", 1, 4, id="evaluation"),
+        pytest.param(signal.SIGINT, "label_hidden", 2, 4, id="interrupt in evaluation"),
     ],
-    ids=["first half of step 4", "second half of step 4", "first half of step 1", "evaluation", "late in evaluation"],
 )
 def test_signal_saves_and_leaves_with_its_status(
     tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: Any, where: str, call: int, step: int
@@ -326,7 +325,11 @@ def test_signal_in_the_last_moment_is_still_answered(
     """A run that ended before it could obey swallowed the signal, and the job system waited for its kill."""
     import ptengine.training.trainer as trainer
 
-    monkeypatch.setattr(trainer, "draw_curve", lambda path, *_: os.kill(os.getpid(), signal.SIGTERM) or path)
+    def draw(path: Path, *_: Any) -> Path:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return path
+
+    monkeypatch.setattr(trainer, "draw_curve", draw)
     with pytest.raises(SystemExit) as caught:
         tiny.trainer(tmp_path, max_steps=2).fit()
     assert caught.value.code == 143

@@ -1,4 +1,4 @@
-"""Tiny random backbones, a tokenizer and data, made on the spot; also imported by the child process of the kill test."""
+"""Tiny random backbones, a tokenizer and data, made on the spot; the kill test's child process imports it too."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(
         BertConfig(
             vocab_size=SIZE, max_position_embeddings=POSITIONS, hidden_size=16, intermediate_size=24,
-            num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3, num_labels=2,
+            num_hidden_layers=2, num_attention_heads=4, initializer_range=0.3,
         )
     )  # fmt: skip
 
