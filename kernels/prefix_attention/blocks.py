@@ -26,8 +26,8 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]:
     """One rectangle: out [G, H, Tq, D] and log-sum-exp [G, H, Tq], -inf where a query sees nothing.
 
-    `bias` is added to the scaled (and capped) scores, broadcast to [G, H, Tq, Tk]; -inf hides a key. `causal` aligns the
-    rectangle at its upper left corner.
+    `bias` is added to the scaled (and capped) scores, broadcast to [G, H, Tq, Tk]; -inf hides a key. `causal` aligns
+    the rectangle at its upper left corner.
     """
     k, v = _expand_heads(k, q), _expand_heads(v, q)  # [G, H, Tk, D]
     if _fused(q, v, softcap):
@@ -78,7 +78,7 @@ def _fused(q: Tensor, v: Tensor, softcap: float | None) -> bool:
 
 
 def _unit_stride(x: Tensor) -> Tensor:
-    """The fused kernel takes numbers of one head to be neighbours in memory and is silently wrong where they are not."""
+    """The fused kernel assumes the numbers of a head lie side by side and is silently wrong where they are not."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

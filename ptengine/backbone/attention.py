@@ -31,8 +31,8 @@ class PrefixContext:
     """One call's layout and prefix. Packed calls have `cu_seqlens`; all others are stock batches.
 
     Attributes:
-        keys: [L, N, P, H_kv, D] keys of N prompts in every layer, or None (no prefix, or `prefix_rows`).
-        values: [L, N, P, H_kv, D_v], or None.
+        keys: per layer [N, P, H_kv, D], the keys of N prompts, or None (no prefix, or `prefix_rows`).
+        values: per layer [N, P, H_kv, D_v], or None.
         prompt_ids: int32 [rows], the prompt each row reads, -1 for none; None where all read the only one.
         prefix_lengths: int32 [N], where prompts differ in length.
         prefix_rows: int32 [rows]: the row of the packed batch that each row reads, -1 for none.
@@ -43,8 +43,8 @@ class PrefixContext:
         captured: where to put each layer's keys and values [T, H_kv, D] of a packed call, by layer.
     """
 
-    keys: Tensor | None = None
-    values: Tensor | None = None
+    keys: tuple[Tensor, ...] | None = None
+    values: tuple[Tensor, ...] | None = None
     prompt_ids: Tensor | None = None
     prefix_lengths: Tensor | None = None
     prefix_rows: Tensor | None = None

@@ -97,7 +97,7 @@ def _generate(
     _check_length(model, spec, ids, virtual, longest, kwargs)
     keys = values = lengths = None
     if prefixes:
-        keys, values, lengths = stack_prefixes(prefixes)
+        keys, values, lengths = stack_prefixes(prefixes, device)
     context = PrefixContext(
         keys=keys,
         values=values,

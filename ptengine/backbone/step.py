@@ -189,16 +189,22 @@ def capture_prefix(model: Any, virtual: VirtualTokens) -> KeyValuePrefix:
     return KeyValuePrefix(torch.stack(keys), torch.stack(values))  # [L, P, H_kv, D]
 
 
-def stack_prefixes(prefixes: Sequence[KeyValuePrefix]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys and values [L, N, P, H_kv, D] of N prefixes padded to the longest, and their lengths int32 [N]."""
+def stack_prefixes(
+    prefixes: Sequence[KeyValuePrefix], device: torch.device
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
+    """Per layer the keys and values [N, P, H_kv, D] of N prefixes padded to the longest, and their lengths int32 [N].
+
+    Unbound here, once: indexing a layer inside its attention would give every layer a gradient of all layers' size.
+    """
     sizes = [prefix.num_virtual_tokens for prefix in prefixes]
 
-    def pad(x: Tensor) -> Tensor:
-        return torch.nn.functional.pad(x, (0, 0, 0, 0, 0, max(sizes) - x.shape[1]))  # [L, P, H_kv, D]
+    def stack(parts: list[Tensor]) -> tuple[Tensor, ...]:
+        padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, max(sizes) - x.shape[1])) for x in parts]
+        return torch.stack(padded, dim=1).to(device).unbind(0)  # L of [N, P, H_kv, D]
 
-    keys = torch.stack([pad(prefix.keys) for prefix in prefixes], dim=1)
-    values = torch.stack([pad(prefix.values) for prefix in prefixes], dim=1)
-    return keys, values, torch.tensor(sizes, dtype=torch.int32, device=keys.device)
+    keys = stack([prefix.keys for prefix in prefixes])
+    values = stack([prefix.values for prefix in prefixes])
+    return keys, values, torch.tensor(sizes, dtype=torch.int32, device=device)
 
 
 def _prompts(
@@ -329,8 +335,8 @@ def _run(
     keys = values = lengths = prompt_ids = None
     if prompts and isinstance(prompts[0], KeyValuePrefix):
         device = layout.embeds.device
-        keys, values, lengths = stack_prefixes([prompt for prompt in prompts if isinstance(prompt, KeyValuePrefix)])
-        keys, values, lengths = keys.to(device), values.to(device), lengths.to(device)
+        given = [prompt for prompt in prompts if isinstance(prompt, KeyValuePrefix)]
+        keys, values, lengths = stack_prefixes(given, device)
         prompt_ids = torch.tensor(ids, dtype=torch.int32, device=device)
     context = PrefixContext(
         keys=keys,
