@@ -129,9 +129,9 @@ training document (it is not added by itself), `{PAD}` is pad
 Train splits only, and only texts under licences that allow sharing what is made of them. The SMS labels were not read;
 the yes/no answers of BoolQ, the answers of XQuAD and the targets of SciTLDR and E2E (train) were.
 Rows of task corpora appear in fixed forms ("... Question: ... Answer: ...", "... Summary: ...", "... Description:
-..."), and short texts followed by cues computed from the text itself; the docstring of
-`benchmarks/backbone_corpus.py` lists them. So SMS
-messages and E2E restaurants are **in-domain** for this model: demo scores say nothing about larger backbones.
+..."), and short texts followed by cues computed from the text itself; the docstring of `benchmarks/backbone_corpus.py`
+lists them. So SMS messages and E2E restaurants are **in-domain** for this model, and having read the train rows several
+times it finds them likelier than held-out ones: demo scores say nothing about larger backbones.
 Documents equal to, or containing (40 characters and more), a validation or test text of the five task corpora were
 left out. Upstream splits differ: `wikitext2` is WikiText-2's validation file, and BoolQ, XQuAD and E2E rows come from
 the original sets' development files, so do not evaluate this model on those.

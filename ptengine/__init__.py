@@ -28,7 +28,8 @@ def _expose_kernels() -> None:
         return
     spec = importlib.machinery.ModuleSpec("ptengine.kernels", None, is_package=True)
     spec.submodule_search_locations = [str(folder)]
-    sys.modules.setdefault("ptengine.kernels", importlib.util.module_from_spec(spec))
+    module = sys.modules.setdefault("ptengine.kernels", importlib.util.module_from_spec(spec))
+    globals()["kernels"] = module  # as the import system does for a package that it finds itself
 
 
 _expose_kernels()

@@ -120,7 +120,9 @@ def _fail(error: Exception, status: int) -> int:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+        missing = message.removeprefix("the following arguments are required: ")
+        said = message if missing == message else f"expected {missing}, got none"
+        raise InputError(f"{said}; see {self.prog} --help")
 
 
 class _Formatter(argparse.RawDescriptionHelpFormatter):

@@ -136,7 +136,7 @@ def _write(
     texts: list[str] = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        written = generate(session.model, session.prompt, part, session.tokenizer, **options)  # [B, T + new]
+        written: Any = generate(session.model, session.prompt, part, session.tokenizer, **options)  # [B, T + new]
         longest = max(len(row) for row in part)
         texts += session.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     return texts

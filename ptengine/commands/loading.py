@@ -53,11 +53,14 @@ def load_tokenizer(path: str | None, model_path: str | None) -> Any:
     """The tokenizer in the folder `path`, by default that of the model, by default the embedded one.
 
     Raises:
-        InputError: there is no such folder or no tokenizer in it.
+        InputError: there is no such folder or no tokenizer in it; or the model's folder is not one of a model.
+        UnsupportedModelError: the model type is not supported.
     """
     from transformers import AutoTokenizer
 
-    folder = _folder(path, "--tokenizer") if path is not None else _model_folder(model_path)
+    # The model first: what is wrong with its folder is no fault of the tokenizer's.
+    model_folder, _ = _read_config(model_path)
+    folder = model_folder if path is None else _folder(path, "--tokenizer")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many types, several per defect
@@ -165,4 +168,4 @@ def _folder(path: str, option: str) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(" :")

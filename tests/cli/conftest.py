@@ -108,9 +108,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         T5Config(vocab_size=len(tokenizer), d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
     ).save_pretrained(t5)
     tokenizer.save_pretrained(t5)
-    rows = [
-        {"text": f"it was {word}", "label": "good" if word in GOOD else "bad"} for word in (GOOD + BAD) * 2
-    ]
+    rows = [{"text": f"it was {word}", "label": "good" if word in GOOD else "bad"} for word in (GOOD + BAD) * 2]
     pairs = [{"source": word, "target": f"the film was {word}"} for word in GOOD + BAD]
     return World(
         root=root,

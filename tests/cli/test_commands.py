@@ -159,7 +159,9 @@ def test_tuning_again_gives_the_same_and_resuming_goes_on(world: Any, call: Call
 def test_label_words_from_a_file_and_starting_from_text(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     words = tmp_path / "words.json"
     words.write_text('{"good": [" yes", " fine"], "bad": " no"}')
-    result = call(*world.tune(tmp_path / "out", "--label-words", words, "--init", "text", "--init-text", "so", "--json"))
+    result = call(
+        *world.tune(tmp_path / "out", "--label-words", words, "--init", "text", "--init-text", "so", "--json")
+    )
     assert (result.status, result.err) == (0, "")
     task = json.loads((tmp_path / "out" / "task.json").read_text())["task"]
     assert task["label_words"] == {"good": [" yes", " fine"], "bad": [" no"]}
@@ -313,10 +315,12 @@ def test_unescape() -> None:
 
 def test_kernels_is_not_a_module_of_ours(tmp_path: Path) -> None:
     """A top-level `kernels` of ours would shadow the Hugging Face package that transformers probes for."""
-    code = (
-        "import importlib.util as u, ptengine, pathlib; s = u.find_spec('kernels'); "
-        "root = pathlib.Path(ptengine.__file__).resolve().parents[1]; "
-        "assert s is None or root not in pathlib.Path(s.origin or next(iter(s.submodule_search_locations))).resolve().parents; "
-        "import ptengine.kernels.dispatch"
-    )
+    code = """
+import importlib.util, pathlib
+import ptengine.kernels.dispatch
+root = pathlib.Path(ptengine.__file__).resolve().parents[1]
+spec = importlib.util.find_spec("kernels")
+places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or [])]
+assert not any(pathlib.Path(place).is_relative_to(root) for place in places if place), places
+"""
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})

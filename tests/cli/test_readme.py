@@ -1,0 +1,43 @@
+"""The README keeps its word: its Python runs as written, and its commands exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from ptengine.cli import make_parser
+from ptengine.commands import COMMANDS
+
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+
+
+def test_python_example_runs_as_written(tmp_path: Path) -> None:
+    (code,) = blocks("python")
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "accuracy" in done.stdout
+    for name in ("out/curve.png", "my-prompt/prompt.safetensors", "my-prompt-for-peft/adapter_model.safetensors"):
+        assert (tmp_path / name).is_file()
+
+
+def test_command_lines_parse() -> None:
+    """Options that were renamed must not live on in the README."""
+    lines = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    calls = [line.partition("#")[0].rpartition("&&")[2] for line in lines if "ptengine " in line]
+    assert len(calls) >= 4
+    for call in calls:
+        program, command, *arguments = shlex.split(call)
+        assert program == "ptengine"
+        make_parser(command).parse_args(arguments)
+
+
+def test_every_command_is_listed() -> None:
+    for command in COMMANDS:
+        assert f"| `ptengine {command}` |" in README
