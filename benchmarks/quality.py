@@ -87,8 +87,8 @@ def tune(model: Any, prompt: Any, task: Any, tokenizer: Any, splits: Splits, see
     """Test accuracy of the epoch that was best on validation."""
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
-            folder, per_device_train_batch_size=BATCH[task.backbone_kind], per_device_eval_batch_size=64, seed=seed, warmup_ratio=0.05,
-            load_best_model_at_end=True, save_strategy="no", disable_tqdm=True, truncation=True, max_length=128,
+            folder, per_device_train_batch_size=BATCH[task.backbone_kind], per_device_eval_batch_size=64, seed=seed,
+            warmup_ratio=0.05, load_best_model_at_end=True, save_strategy="no", disable_tqdm=True, truncation=True, max_length=128,
             **options,
         )  # fmt: skip
         Trainer(model, prompt, splits[0], splits[1], config, task=task, tokenizer=tokenizer).fit()
