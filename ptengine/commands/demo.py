@@ -33,6 +33,8 @@ class DemoSettings:
         training: fields of `TrainingConfig`.
         columns: the metrics of the table.
         sample: what `ptengine generate` is shown on.
+        max_new_tokens: longest text written.
+        constant: fields of `TrainingConfig` that all demos share.
     """
 
     template: str
