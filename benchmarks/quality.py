@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--train-rows", type=int, default=800, help="training rows drawn per seed (default 800)")
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--datasets", nargs="+", help="these data sets alone")
+    parser.add_argument("--methods", nargs="+", help="these methods alone, as the tables name them")
     args = parser.parse_args()
     settings = {"train_rows": args.train_rows, "epochs": args.epochs, "virtual_tokens": VIRTUAL_TOKENS}
     runs: dict[str, dict[str, dict[str, float]]] = {}
@@ -223,6 +224,7 @@ def main() -> None:
             "bag of words": lambda splits, seed: bag_of_words(splits),
             **methods(name, args.epochs),
         }
+        every = {method: run for method, run in every.items() if not args.methods or method in args.methods}
         for seed in range(args.seeds):
             splits = draw(name, seed, args.train_rows)
             for method, run in every.items():
