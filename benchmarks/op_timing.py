@@ -61,8 +61,12 @@ def peak_bytes(contender: Contender, device: torch.device) -> int | None:
         before = torch.cuda.memory_allocated(device)
         contender()
         return torch.cuda.max_memory_allocated(device) - before
-    if platform.system() != "Linux":
-        return None
+    return resident_peak(contender) if platform.system() == "Linux" else None
+
+
+def resident_peak(contender: Contender) -> int:
+    """Peak resident memory during one run above what is resident before it, in bytes (Linux)."""
+    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
     before = _status_bytes("VmRSS")

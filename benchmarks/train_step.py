@@ -12,13 +12,9 @@ from __future__ import annotations
 
 import argparse
 import copy
-import ctypes
-import gc
 import importlib.metadata
 import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import op_timing
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -157,27 +154,10 @@ def ideal_ratio(case: Case, batch: PaddedBatch) -> float:
     return stock / ((virtual + text) * body + labelled * head)
 
 
-def peak_above(step: Callable[[], float]) -> int:
-    """Peak resident memory during one step above what is resident before it, in bytes (Linux)."""
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = _status("VmRSS")
-    step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"no {field} in /proc/self/status")
-
-
 def run_case(case: Case, repeats: int) -> dict[str, Any]:
     batch = make_batch(case)
     steps = {"peft": peft_step(case, batch), "ptengine": ptengine_step(case, batch)}
-    memory = {name: peak_above(step) for name, step in steps.items()}  # the first step is the warm-up too
+    memory = {name: op_timing.resident_peak(step) for name, step in steps.items()}  # the first step is the warm-up too
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
         for name, step in steps.items():
@@ -204,16 +184,8 @@ def run_case(case: Case, repeats: int) -> dict[str, Any]:
 
 
 def environment() -> dict[str, Any]:
-    revision = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    packages = ("torch", "transformers", "peft", "ptengine")
-    return {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        **{name: importlib.metadata.version(name) for name in packages},
-        "git": revision.stdout.strip(),
-    }
+    packages = {name: importlib.metadata.version(name) for name in ("transformers", "peft")}
+    return op_timing.environment(torch.device("cpu")) | packages
 
 
 def main() -> None:
