@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from op_timing import arguments, interleaved, matmul_rate, peak_bytes, report
+from op_timing import arguments, compare, matmul_rate
 
 from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -83,22 +83,14 @@ def main() -> None:
     options = arguments(__doc__ or "", repeats=9)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     rate = matmul_rate(device, dtype)
-    rows = []
-    for case in CASES:
-        runs = {name: prepare(case, function, options.device, dtype) for name, function in CONTENDERS.items()}
-        timings = interleaved(runs, options.repeats, device)
-        for name, run in runs.items():
-            rows.append(
-                {
-                    "case": case.name,
-                    "contender": name,
-                    **timings[name],
-                    "peer_over_this": timings["F.linear+F.cross_entropy"]["median_s"] / timings[name]["median_s"],
-                    "limit_s": case.operations / rate,
-                    "peak_bytes": peak_bytes(run, device),
-                }
-            )
-    report(options, rows)
+    compare(
+        options,
+        CASES,
+        CONTENDERS,
+        "F.linear+F.cross_entropy",
+        lambda case, name: prepare(case, CONTENDERS[name], options.device, dtype),
+        lambda case: case.operations / rate,
+    )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from op_timing import arguments, copy_rate, interleaved, matmul_rate, peak_bytes, report
+from op_timing import arguments, compare, copy_rate, matmul_rate
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -144,23 +144,14 @@ def main() -> None:
     options = arguments(__doc__ or "", repeats=21)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     flops, copied = matmul_rate(device, dtype), copy_rate(device)
-    rows = []
-    for case in CASES:
-        runs = {name: prepare(case, name, device, dtype) for name in CONTENDERS}
-        timings = interleaved(runs, options.repeats, device)
-        limit = case.limit_seconds(flops, copied, dtype.itemsize)
-        for name, run in runs.items():
-            rows.append(
-                {
-                    "case": case.name,
-                    "contender": name,
-                    **timings[name],
-                    "peer_over_this": timings["expand+cat+SDPA"]["median_s"] / timings[name]["median_s"],
-                    "limit_s": limit,
-                    "peak_bytes": peak_bytes(run, device),
-                }
-            )
-    report(options, rows)
+    compare(
+        options,
+        CASES,
+        CONTENDERS,
+        "expand+cat+SDPA",
+        lambda case, name: prepare(case, name, device, dtype),
+        lambda case: case.limit_seconds(flops, copied, dtype.itemsize),
+    )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

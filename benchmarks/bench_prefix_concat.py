@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_timing import arguments, copy_rate, interleaved, peak_bytes, report
+from op_timing import arguments, compare, copy_rate
 
 from ptengine.kernels.prefix_concat import prefix_concat
 
@@ -95,22 +95,14 @@ def main() -> None:
     options = arguments(__doc__ or "", repeats=51)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     rate = copy_rate(device)
-    rows = []
-    for case in CASES:
-        runs = {name: prepare(case, function, options.device, dtype) for name, function in CONTENDERS.items()}
-        timings = interleaved(runs, options.repeats, device)
-        for name, run in runs.items():
-            rows.append(
-                {
-                    "case": case.name,
-                    "contender": name,
-                    **timings[name],
-                    "peer_over_this": timings["expand+cat"]["median_s"] / timings[name]["median_s"],
-                    "limit_s": case.bytes_moved(dtype.itemsize) / rate,
-                    "peak_bytes": peak_bytes(run, device),
-                }
-            )
-    report(options, rows)
+    compare(
+        options,
+        CASES,
+        CONTENDERS,
+        "expand+cat",
+        lambda case, name: prepare(case, CONTENDERS[name], options.device, dtype),
+        lambda case: case.bytes_moved(dtype.itemsize) / rate,
+    )
 
 
 @pytest.mark.parametrize("contender", CONTENDERS)

@@ -15,7 +15,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import torch
 from ptengine.files import write_json_atomic
 
 Contender = Callable[[], Any]
+Case = Any  # each benchmark has its own
 
 
 def synchronize(device: torch.device) -> None:
@@ -118,6 +119,42 @@ def arguments(description: str, repeats: int) -> argparse.Namespace:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return options
+
+
+def compare(
+    options: argparse.Namespace,
+    cases: Iterable[Case],
+    contenders: Iterable[str],
+    peer: str,
+    prepare: Callable[[Case, str], Contender],
+    limit_seconds: Callable[[Case], float],
+) -> None:
+    """Measure every contender on every case and report them.
+
+    Args:
+        options: of `arguments`.
+        cases: each with a `name`.
+        contenders: names; `peer` is the one that ratios are against.
+        prepare: one run of a contender on a case.
+        limit_seconds: the shortest time the machine's measured rates allow a case.
+    """
+    device = torch.device(options.device)
+    rows = []
+    for case in cases:
+        runs = {name: prepare(case, name) for name in contenders}
+        timings = interleaved(runs, options.repeats, device)
+        for name, run in runs.items():
+            rows.append(
+                {
+                    "case": case.name,
+                    "contender": name,
+                    **timings[name],
+                    "peer_over_this": timings[peer]["median_s"] / timings[name]["median_s"],
+                    "limit_s": limit_seconds(case),
+                    "peak_bytes": peak_bytes(run, device),
+                }
+            )
+    report(options, rows)
 
 
 def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:

@@ -70,6 +70,7 @@ class _Layout:
     embeds: Tensor  # [N, d]
     positions: Tensor  # int64 [N]
     text: Tensor  # int64 [tokens]: where each token of the batch stands among the N
+    row_of_token: Tensor  # int64 [tokens]: the row of the batch each token stands in
     before_text: Tensor  # int64 [rows]: the position that predicts a row's first token, -1 for none
     cu_seqlens: Tensor  # int32
     max_seqlen: int
@@ -127,18 +128,15 @@ def label_hidden(
         raise InputError("expected a batch with labels, got none")
     prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
     layout = _lay_out(spec, prompts, ids, batch)
-    row_of_token = torch.repeat_interleave(
-        torch.arange(batch.num_rows, device=batch.labels.device), batch.cu_seqlens.diff().long()
-    )  # [tokens]
     before = layout.text - 1  # [tokens]
     first = batch.cu_seqlens[:-1][batch.cu_seqlens.diff() > 0].long()  # first token of every row that has one
-    before[first] = layout.before_text[row_of_token[first]]
+    before[first] = layout.before_text[layout.row_of_token[first]]
     wanted = (batch.labels != IGNORE_INDEX) & (before >= 0)  # [tokens]
     predictors = before[wanted]  # [n]
     if predictors.numel() == 0:
         raise InputError("expected a batch with at least one label behind a token or a virtual token, got none")
     hidden = _run(spec, layout, prompts, ids, hidden_rows=torch.unique(predictors))
-    return LabelHidden(hidden[predictors], batch.labels[wanted], row_of_token[wanted])
+    return LabelHidden(hidden[predictors], batch.labels[wanted], layout.row_of_token[wanted])
 
 
 def sequence_logits(
@@ -276,10 +274,16 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     text_positions = virtual_of_row[row_of_token] + within  # [tokens]
     nothing = torch.full((len(lengths),), -1, dtype=torch.int64, device=device)  # [rows]
     if not prompts or isinstance(prompts[0], KeyValuePrefix):
-        text = torch.arange(batch.num_tokens, device=device)
         return _Layout(
-            text_embeds, text_positions, text, nothing, batch.cu_seqlens, batch.max_seqlen, None
-        )  # fmt: skip
+            embeds=text_embeds,
+            positions=text_positions,
+            text=torch.arange(batch.num_tokens, device=device),
+            row_of_token=row_of_token,
+            before_text=nothing,
+            cu_seqlens=batch.cu_seqlens,
+            max_seqlen=batch.max_seqlen,
+            prefix_rows=None,
+        )
     embeds = [
         prompt.embeds.to(device=device, dtype=text_embeds.dtype)
         for prompt in prompts
@@ -294,6 +298,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
             embeds=torch.cat([*embeds, text_embeds]),
             positions=torch.cat([*(torch.arange(size, device=device) for size in sizes), text_positions]),
             text=total + torch.arange(batch.num_tokens, device=device),
+            row_of_token=row_of_token,
             before_text=last,
             cu_seqlens=torch.cat([starts[:-1].to(torch.int32), batch.cu_seqlens + total]),
             max_seqlen=max([batch.max_seqlen, *sizes]),
@@ -315,6 +320,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
         embeds=source[torch.cat(spans)],
         positions=torch.arange(in_row.numel(), device=device) - cu_seqlens[:-1].long()[row_of_position],
         text=(~in_row).nonzero()[:, 0],
+        row_of_token=row_of_token,
         before_text=nothing,
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
