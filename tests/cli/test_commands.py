@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from ptengine import cli
 from ptengine.cli import make_parser
 from ptengine.commands import COMMANDS
 from ptengine.commands.options import flag, unescape
@@ -196,6 +197,23 @@ def test_divergence_is_status_one(world: Any, call: Callable[..., Any], tmp_path
     result = call(*world.tune(tmp_path / "out"))
     assert (result.status, result.out) == (1, "")
     assert result.err == "error: step 2: the loss is not finite\n"
+
+
+def test_sigterm_outside_training_exits_143_and_gives_the_handler_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(_: list[str]) -> int:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)  # the signal's handler interrupts it
+        return 0
+
+    monkeypatch.setattr(cli, "_run", stopped)
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)  # without a handler of ours nothing would happen
+    try:
+        with pytest.raises(SystemExit) as leaving:
+            cli.main(["eval"])
+        assert leaving.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_sigterm_saves_and_exits_143(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
