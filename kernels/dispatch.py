@@ -8,6 +8,7 @@ no shapes, no models.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +25,21 @@ ENVIRONMENT = "PTENGINE_BACKEND"
 class _Entry:
     function: Callable[..., Any]
     devices: tuple[str, ...] | None  # device types it runs on; None for all
+    dtypes: tuple[torch.dtype, ...] | None  # of the operation's first tensor; None for all
 
 
 _REGISTRY: dict[str, dict[str, _Entry]] = {}
+_WARNED: set[str] = set()  # reasons already given
 
 
-def register(op: str, backend: str, function: Callable[..., Any], *, devices: tuple[str, ...] | None = None) -> None:
+def register(
+    op: str,
+    backend: str,
+    function: Callable[..., Any],
+    *,
+    devices: tuple[str, ...] | None = None,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+) -> None:
     """Make `function` the implementation of `op` under `backend`.
 
     Args:
@@ -37,6 +47,7 @@ def register(op: str, backend: str, function: Callable[..., Any], *, devices: tu
         backend: one of `BACKENDS`.
         function: takes the arguments of the operation's public function, checked, without `backend`.
         devices: the device types (`"cpu"`, `"cuda"`) it runs on; None means all.
+        dtypes: the dtypes of the operation's first tensor it takes; None means all.
 
     Raises:
         ValueError: the backend's name is unknown, or `op` already has an implementation under it.
@@ -46,7 +57,7 @@ def register(op: str, backend: str, function: Callable[..., Any], *, devices: tu
     entries = _REGISTRY.setdefault(op, {})
     if backend in entries:
         raise ValueError(f"expected one {backend!r} implementation of {op}, got a second")
-    entries[backend] = _Entry(function, devices)
+    entries[backend] = _Entry(function, devices, dtypes)
 
 
 def operations() -> tuple[str, ...]:
@@ -54,25 +65,41 @@ def operations() -> tuple[str, ...]:
     return tuple(sorted(_REGISTRY))
 
 
-def resolve_backend(requested: str | None, device: torch.device, op: str) -> str:
+def resolve_backend(
+    requested: str | None,
+    device: torch.device,
+    op: str,
+    *,
+    dtype: torch.dtype | None = None,
+    no_kernel_because: str | None = None,
+) -> str:
     """Choose the backend of one call.
 
     `requested` (the caller's `backend=`) wins over the environment variable PTENGINE_BACKEND, which wins over the
-    automatic choice: Triton on a CUDA (or ROCm) device where a kernel is registered, PyTorch everywhere else. A choice
-    that cannot be honoured is an error, never replaced by another one.
+    automatic choice: Triton on a CUDA (or ROCm) device where a kernel is registered that takes the call, PyTorch
+    everywhere else. A choice that cannot be honoured is an error, never replaced by another one. Where the automatic
+    choice on CUDA is not the kernel because of this call's dtype or shape, a warning says so, once for each reason.
 
     Args:
         requested: one of `BACKENDS`, or None.
         device: where the operation's tensors are.
         op: the operation's name.
+        dtype: of the call's first tensor; None where it is not known yet.
+        no_kernel_because: why the Triton kernel cannot take this call's shapes or options; None where it can.
 
     Returns:
-        A backend that is registered for `op` and runs on `device`.
+        A backend that is registered for `op` and takes the call.
 
     Raises:
-        ValueError: unknown operation or backend, or a backend that `op` does not have on `device`.
+        ValueError: unknown operation or backend, or a backend that cannot take the call.
     """
-    return _choose(requested, device, op)[0]
+    backend, reason = _choose(requested, device, op, dtype, no_kernel_because)
+    if backend == "torch" and device.type == "cuda" and reason not in _WARNED:
+        kernel = _entries(op).get("triton")
+        if kernel is not None and "chosen by device" in reason:
+            _WARNED.add(reason)
+            warnings.warn(f"{op} takes the slower PyTorch path: {reason}", stacklevel=3)
+    return backend
 
 
 def implementation(op: str, backend: str) -> Callable[..., Any]:
@@ -93,7 +120,13 @@ def explain(op: str, device: torch.device) -> str:
     return f"{op} on {device.type}: {backend} ({reason})"
 
 
-def _choose(requested: str | None, device: torch.device, op: str) -> tuple[str, str]:
+def _choose(
+    requested: str | None,
+    device: torch.device,
+    op: str,
+    dtype: torch.dtype | None = None,
+    no_kernel_because: str | None = None,
+) -> tuple[str, str]:
     """The backend and the reason for it."""
     entries = _entries(op)
     if requested is not None:
@@ -101,28 +134,39 @@ def _choose(requested: str | None, device: torch.device, op: str) -> tuple[str, 
     else:
         requested = os.environ.get(ENVIRONMENT) or None  # set but empty counts as unset
         source = f"{ENVIRONMENT}={requested}"
+
+    def missing(backend: str) -> str | None:
+        """Why `backend` cannot take the call; None where it can."""
+        found = _missing(entries, backend, device, op, dtype)
+        return found if found is not None or backend != "triton" else no_kernel_because
+
     if requested is None:
-        kernel_missing = _missing(entries, "triton", device, op)
+        kernel_missing = missing("triton")
         if device.type == "cuda" and kernel_missing is None:
             return "triton", "chosen by device"
         return "torch", f"chosen by device; {kernel_missing or 'Triton is automatic on cuda only'}"
     if requested not in BACKENDS:
         raise ValueError(f"{source}: expected a backend of {_names(BACKENDS)}, got {requested!r}")
-    missing = _missing(entries, requested, device, op)
-    if missing is not None:
-        usable = [name for name in BACKENDS if _missing(entries, name, device, op) is None]
-        raise ValueError(f"{source}: {missing}; expected one of {_names(usable)}, got {requested!r}")
+    refusal = missing(requested)
+    if refusal is not None:
+        usable = [name for name in BACKENDS if missing(name) is None]
+        raise ValueError(f"{source}: {refusal}; expected one of {_names(usable)}, got {requested!r}")
     return requested, f"chosen by {source}"
 
 
-def _missing(entries: dict[str, _Entry], backend: str, device: torch.device, op: str) -> str | None:
-    """Why `backend` cannot serve `op` on `device`; None where it can."""
+def _missing(
+    entries: dict[str, _Entry], backend: str, device: torch.device, op: str, dtype: torch.dtype | None
+) -> str | None:
+    """Why `backend` cannot serve `op` on `device` in `dtype`; None where it can."""
     entry = entries.get(backend)
     if entry is None:
         kind = "Triton kernel" if backend == "triton" else f"{backend} implementation"
         return f"no {kind} is registered for {op}"
     if entry.devices is not None and device.type not in entry.devices:
         return f"the {backend} implementation of {op} runs on {_names(entry.devices)}, not on {device.type}"
+    if entry.dtypes is not None and dtype is not None and dtype not in entry.dtypes:
+        names = ", ".join(str(known).removeprefix("torch.") for known in entry.dtypes)
+        return f"the {backend} implementation of {op} takes {names} here, not {str(dtype).removeprefix('torch.')}"
     return None
 
 

@@ -1,0 +1,54 @@
+"""What the Triton kernels of all operations share: whether they can run, where, and on how wide a machine.
+
+Imports neither Triton nor an operation, so it costs nothing where no kernel runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from ptengine.kernels.dispatch import register
+
+__all__ = ["DEVICES", "DTYPES", "INTERPRETED", "architecture", "multiprocessors", "register_kernel"]
+
+# Triton reads this variable when a kernel is defined, so it is read once here too.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# The interpreter runs the kernels on CPU tensors, slowly: for tests.
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+# The interpreter computes bfloat16 wrongly and says nothing (triton issue 11584), so it is refused there.
+DTYPES = (torch.float16, torch.float32) if INTERPRETED else (torch.float16, torch.bfloat16, torch.float32)
+
+
+def register_kernel(op: str, function: Callable[..., Any]) -> None:
+    """Register `function` as the Triton implementation of `op`.
+
+    `function` imports Triton when it is first called, inside a `torch.library` operator, where torch.compile does not
+    look. Does nothing where Triton is not installed, as off Linux; the dispatcher then says that there is no kernel.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        register(op, "triton", function, devices=DEVICES, dtypes=DTYPES)
+
+
+@lru_cache(maxsize=8)
+def architecture(device: torch.device) -> str:
+    """The key of the tile tables: "sm_90" for compute capability 9.0, "gfx942" on ROCm, "interpreter" on a CPU."""
+    if device.type == "cpu":
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@lru_cache(maxsize=8)
+def multiprocessors(device: torch.device) -> int:
+    """How many programs the device runs side by side at the least; a small number under the interpreter."""
+    if device.type == "cpu":
+        return 4
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
