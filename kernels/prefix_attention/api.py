@@ -5,6 +5,7 @@ Everything is checked here, once; implementations trust their arguments. Knows t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -19,6 +20,7 @@ __all__ = ["prefix_attention", "prefix_attention_varlen"]
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _INTEGERS = (torch.int32, torch.int64)
+_WIDEST_HEAD = 256  # of the Triton kernels: a whole head is one side of a tile
 
 
 def prefix_attention_varlen(
@@ -114,10 +116,11 @@ def prefix_attention_varlen(
     rules = _check_rules(
         q, num_heads, causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
     )
-    run = implementation("prefix_attention_varlen", resolve_backend(backend, q.device, "prefix_attention_varlen"))
+    run = _implementation("prefix_attention_varlen", backend, q, v)
     out, lse = run(
-        q, k, v, prefix_k, prefix_v, cu_seqlens,
+        q, k, v, prefix_k, prefix_v, cu_seqlens, max_seqlen,
         prompt_ids=prompt_ids, prefix_rows=prefix_rows, prefix_lengths=prefix_lengths, rules=rules,
+        deterministic=deterministic,
     )  # fmt: skip
     return (out, lse.detach()) if return_lse else out
 
@@ -185,13 +188,19 @@ def prefix_attention(
     rules = _check_rules(
         q, num_heads, causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
     )
-    run = implementation("prefix_attention", resolve_backend(backend, q.device, "prefix_attention"))
+    run = _implementation("prefix_attention", backend, q, v)
     out, lse = run(
         q, k, v, prefix_k, prefix_v,
         key_lengths=key_lengths, key_starts=key_starts, prompt_ids=prompt_ids, prefix_lengths=prefix_lengths,
-        rules=rules,
+        rules=rules, deterministic=deterministic,
     )  # fmt: skip
     return (out, lse.detach()) if return_lse else out
+
+
+def _implementation(op: str, backend: str | None, q: Tensor, v: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
+    wide = max(q.shape[-1], v.shape[-1]) > _WIDEST_HEAD
+    reason = f"the kernels take heads of up to {_WIDEST_HEAD}, not {q.shape[-1]} and {v.shape[-1]}" if wide else None
+    return implementation(op, resolve_backend(backend, q.device, op, dtype=q.dtype, no_kernel_because=reason))
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:

@@ -1,17 +1,20 @@
 """The operation as `torch.library` operators, so that torch.compile, fake tensors and autograd see through it.
 
-One forward and one backward operator for packed rows, and a pair for dense batches. Options travel as plain arguments
-because operator schemas know no classes. Importing this module registers the implementations with the dispatcher.
+One forward and one backward operator for packed rows, and a pair for dense batches; `kernel` says whether the Triton
+kernels or the PyTorch path compute them. Options travel as plain arguments because operator schemas know no classes.
+Importing this module registers the implementations with the dispatcher, Triton's without importing Triton.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptengine.kernels.dispatch import register
+from ptengine.kernels.launch import register_kernel
 from ptengine.kernels.prefix_attention import reference, torch_path
 from ptengine.kernels.prefix_attention.plan import Plan, plan_dense, plan_varlen
 from ptengine.kernels.prefix_attention.scores import ScoreRules
@@ -54,17 +57,46 @@ def _varlen_plan(
     return plan_varlen(bounds, prompts, _values(prefix_rows), lengths, causal, q.device)
 
 
+def _varlen_layout(
+    cu_seqlens: Tensor, max_seqlen: int, prompt_ids: Tensor | None, prefix_rows: Tensor | None,
+    prefix_lengths: Tensor | None,
+) -> Any:  # fmt: skip
+    from ptengine.kernels.prefix_attention.triton_path import Layout
+
+    return Layout(
+        dense=False, rows=cu_seqlens.numel() - 1, q_len=max_seqlen, k_len=max_seqlen, bounds=cu_seqlens, ends=None,
+        prompts=prompt_ids if prefix_rows is None else prefix_rows, in_rows=prefix_rows is not None,
+        lengths=prefix_lengths,
+    )  # fmt: skip
+
+
+def _dense_layout(
+    q: Tensor, k: Tensor, key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None,
+    prefix_lengths: Tensor | None,
+) -> Any:  # fmt: skip
+    from ptengine.kernels.prefix_attention.triton_path import Layout
+
+    return Layout(
+        dense=True, rows=q.shape[0], q_len=q.shape[1], k_len=k.shape[2], bounds=key_starts, ends=key_lengths,
+        prompts=prompt_ids, in_rows=False, lengths=prefix_lengths,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("ptengine::prefix_attention_varlen", mutates_args=())
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
     cu_seqlens: Tensor, prompt_ids: Tensor | None, prefix_rows: Tensor | None, prefix_lengths: Tensor | None,
     causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
     sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
+    max_seqlen: int, kernel: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    rules = ScoreRules(causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias)
+    if kernel:
+        from ptengine.kernels.prefix_attention import triton_path
+
+        layout = _varlen_layout(cu_seqlens, max_seqlen, prompt_ids, prefix_rows, prefix_lengths)
+        return triton_path.forward(q, k, v, prefix_k, prefix_v, layout, rules)
     plan = _varlen_plan(q, prefix_k, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, causal)
-    rules = ScoreRules(
-        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
-    )  # fmt: skip
     return torch_path.forward(q, k, v, prefix_k, prefix_v, plan, rules)
 
 
@@ -80,12 +112,18 @@ def _varlen_backward(
     out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, prompt_ids: Tensor | None, prefix_rows: Tensor | None, prefix_lengths: Tensor | None,
     causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
-    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None, rows_need_grad: bool,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
+    max_seqlen: int, kernel: bool, deterministic: bool, rows_need_grad: bool,
 ) -> list[Tensor]:  # fmt: skip
+    rules = ScoreRules(causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias)
+    if kernel:
+        from ptengine.kernels.prefix_attention import triton_path
+
+        layout = _varlen_layout(cu_seqlens, max_seqlen, prompt_ids, prefix_rows, prefix_lengths)
+        return triton_path.backward(
+            grad, q, k, v, prefix_k, prefix_v, out, lse, layout, rules, rows_need_grad, deterministic
+        )
     plan = _varlen_plan(q, prefix_k, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, causal)
-    rules = ScoreRules(
-        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
-    )  # fmt: skip
     return torch_path.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, plan, rules, rows_need_grad)
 
 
@@ -102,12 +140,17 @@ def _dense(
     key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
     causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
     sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
+    kernel: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
-    rules = ScoreRules(
-        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
-    )  # fmt: skip
-    out, lse = torch_path.forward(q.flatten(0, 1), k, v, prefix_k, prefix_v, plan, rules)
+    rules = ScoreRules(causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias)
+    if kernel:
+        from ptengine.kernels.prefix_attention import triton_path
+
+        layout = _dense_layout(q, k, key_lengths, key_starts, prompt_ids, prefix_lengths)
+        out, lse = triton_path.forward(q, k, v, prefix_k, prefix_v, layout, rules)
+    else:
+        plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
+        out, lse = torch_path.forward(q.flatten(0, 1), k, v, prefix_k, prefix_v, plan, rules)
     return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2])
 
 
@@ -123,12 +166,19 @@ def _dense_backward(
     out: Tensor, lse: Tensor,
     key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
     causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
-    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None, rows_need_grad: bool,
+    sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
+    kernel: bool, deterministic: bool, rows_need_grad: bool,
 ) -> list[Tensor]:  # fmt: skip
+    rules = ScoreRules(causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias)
+    if kernel:
+        from ptengine.kernels.prefix_attention import triton_path
+
+        layout = _dense_layout(q, k, key_lengths, key_starts, prompt_ids, prefix_lengths)
+        return triton_path.backward(
+            grad.flatten(0, 1), q, k, v, prefix_k, prefix_v, out.flatten(0, 1), lse.flatten(1),
+            layout, rules, rows_need_grad, deterministic,
+        )  # fmt: skip
     plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
-    rules = ScoreRules(
-        causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
-    )  # fmt: skip
     gradients = torch_path.backward(
         grad.flatten(0, 1), q.flatten(0, 1), k, v, prefix_k, prefix_v, out.flatten(0, 1), lse.flatten(1),
         plan, rules, rows_need_grad,
@@ -179,11 +229,13 @@ def _fake_gradients(
 
 
 _TENSORS = 5  # q, k, v, prefix_k, prefix_v come first in every operator
-_INDEX = 4  # then four index tensors, then the rules
+_INDEX = 4  # then four index tensors
+_RULES = 8  # then the rules, of which the last three are tensors; then how to compute
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    tensors, index, rules = inputs[:_TENSORS], inputs[_TENSORS : _TENSORS + _INDEX], inputs[_TENSORS + _INDEX :]
+    tensors, rest = inputs[:_TENSORS], inputs[_TENSORS:]
+    index, rules, ctx.how = rest[:_INDEX], rest[_INDEX : _INDEX + _RULES], rest[_INDEX + _RULES :]
     out, lse = output
     ctx.mark_non_differentiable(lse)
     ctx.save_for_backward(*tensors, out, lse, *index, *rules[5:])
@@ -195,11 +247,12 @@ def _make_backward(operator: Any) -> Any:
         tensors = ctx.saved_tensors
         rows_need_grad = any(ctx.needs_input_grad[:3])
         given = operator(
-            grad, *tensors[: _TENSORS + 2 + _INDEX], *ctx.scalars, *tensors[_TENSORS + 2 + _INDEX :], rows_need_grad
-        )
+            grad, *tensors[: _TENSORS + 2 + _INDEX], *ctx.scalars, *tensors[_TENSORS + 2 + _INDEX :], *ctx.how,
+            rows_need_grad,
+        )  # fmt: skip
         rows = given[:3] if rows_need_grad else [None] * 3
         prefix = given[-2:] if tensors[3] is not None else [None, None]
-        return (*rows, *prefix, *[None] * (_INDEX + 8))
+        return (*rows, *prefix, *[None] * (_INDEX + _RULES + len(ctx.how)))
 
     return backward
 
@@ -209,45 +262,33 @@ _dense.register_autograd(_make_backward(_dense_backward), setup_context=_setup_c
 
 
 def _run_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    cu_seqlens: Tensor,
-    *,
-    prompt_ids: Tensor | None,
-    prefix_rows: Tensor | None,
-    prefix_lengths: Tensor | None,
-    rules: ScoreRules,
-) -> tuple[Tensor, Tensor]:
+    kernel: bool, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
+    cu_seqlens: Tensor, max_seqlen: int, *, prompt_ids: Tensor | None, prefix_rows: Tensor | None,
+    prefix_lengths: Tensor | None, rules: ScoreRules, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _varlen(
-        q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, *_unpack(rules)
+        q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, *_unpack(rules),
+        max_seqlen, kernel, deterministic,
     )  # fmt: skip
 
 
 def _run_dense(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prefix_k: Tensor | None,
-    prefix_v: Tensor | None,
-    *,
-    key_lengths: Tensor | None,
-    key_starts: Tensor | None,
-    prompt_ids: Tensor | None,
-    prefix_lengths: Tensor | None,
-    rules: ScoreRules,
-) -> tuple[Tensor, Tensor]:
+    kernel: bool, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *,
+    key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
+    rules: ScoreRules, deterministic: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Token-major inside: the projections of a transformer leave q so, and the result is wanted so.
     out, lse = _dense(
         q.transpose(1, 2), k, v, prefix_k, prefix_v, key_lengths, key_starts, prompt_ids, prefix_lengths,
-        *_unpack(rules),
+        *_unpack(rules), kernel, deterministic,
     )  # fmt: skip
     return out.transpose(1, 2), lse.transpose(0, 1)  # [B, H, Tq, D_v], [B, H, Tq]
 
 
-register("prefix_attention_varlen", "torch", _run_varlen)
-register("prefix_attention_varlen", "reference", reference.prefix_attention_varlen)
-register("prefix_attention", "torch", _run_dense)
-register("prefix_attention", "reference", reference.prefix_attention)
+for _op, _run, _reference in (
+    ("prefix_attention_varlen", _run_varlen, reference.prefix_attention_varlen),
+    ("prefix_attention", _run_dense, reference.prefix_attention),
+):
+    register(_op, "reference", _reference)
+    register(_op, "torch", partial(_run, False))
+    register_kernel(_op, partial(_run, True))

@@ -23,11 +23,13 @@ def prefix_attention_varlen(
     prefix_k: Tensor | None,  # [N, P, H_kv, D]
     prefix_v: Tensor | None,  # [N, P, H_kv, D_v]
     cu_seqlens: Tensor,
+    max_seqlen: int,
     *,
     prompt_ids: Tensor | None,
     prefix_rows: Tensor | None,
     prefix_lengths: Tensor | None,
     rules: ScoreRules,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ptengine.kernels.prefix_attention.prefix_attention_varlen`; returns out and lse."""
     bounds = cu_seqlens.tolist()
@@ -58,6 +60,7 @@ def prefix_attention(
     prompt_ids: Tensor | None,
     prefix_lengths: Tensor | None,
     rules: ScoreRules,
+    deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ptengine.kernels.prefix_attention.prefix_attention`; returns out and lse."""
     batch, heads, q_len, _ = q.shape

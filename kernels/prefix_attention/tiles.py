@@ -1,0 +1,125 @@
+"""Tile sizes by architecture, element width, head dimension and regime: a table, never tuned at run time.
+
+Regimes of the forward kernel: "decode", a tile holds all queries of a row and they are few, so the keys are split;
+"short", they fit one tile; "long", everything else. An architecture that is not in the table takes the entry of its
+nearest older relative, and `nearest_architecture` says which.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+__all__ = ["Backward", "Forward", "backward_tile", "forward_tile", "nearest_architecture"]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """BLOCK_M packed queries by BLOCK_N keys."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Backward:
+    """Queries by keys in each of the three parts of the backward kernel, which share warps and stages."""
+
+    query_m: int  # gradient of the queries: a tile of queries, passing over keys
+    query_n: int
+    key_m: int  # gradient of a row's keys and values: a tile of keys, passing over queries
+    key_n: int
+    prefix_m: int  # gradient of a prefix: a tile of it, passing over all queries that read it
+    prefix_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Keys: architecture, bits of an element, head dimension rounded up to a power of two (64 serves 16 and 32 as well).
+_FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
+    ("sm_80", 16, 64): {
+        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 4, 3),
+    },
+    ("sm_80", 16, 128): {
+        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 64, 4, 2), "long": Forward(128, 64, 8, 2),
+    },
+    ("sm_80", 16, 256): {
+        "decode": Forward(16, 32, 4, 2), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
+    },
+    ("sm_80", 32, 64): {
+        "decode": Forward(16, 32, 4, 2), "short": Forward(32, 32, 4, 2), "long": Forward(64, 32, 8, 2),
+    },
+    ("sm_80", 32, 128): {
+        "decode": Forward(16, 32, 4, 2), "short": Forward(32, 32, 8, 2), "long": Forward(32, 32, 8, 2),
+    },
+    ("sm_80", 32, 256): {
+        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 8, 1), "long": Forward(16, 16, 8, 1),
+    },
+    ("sm_90", 16, 64): {
+        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
+    },
+    ("sm_90", 16, 128): {
+        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
+    },
+    ("sm_90", 16, 256): {
+        "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(128, 32, 8, 2),
+    },
+}  # fmt: skip
+
+_BACKWARD: dict[tuple[str, int, int], Backward] = {
+    ("sm_80", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
+    ("sm_80", 16, 128): Backward(64, 64, 64, 64, 64, 64, 8, 2),
+    ("sm_80", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 1),
+    ("sm_80", 32, 64): Backward(32, 32, 32, 32, 32, 32, 8, 1),
+    ("sm_80", 32, 128): Backward(32, 16, 16, 32, 16, 32, 8, 1),
+    ("sm_80", 32, 256): Backward(16, 16, 16, 16, 16, 16, 8, 1),
+    ("sm_90", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
+    ("sm_90", 16, 128): Backward(64, 64, 64, 64, 64, 64, 8, 2),
+    ("sm_90", 16, 256): Backward(64, 32, 32, 64, 32, 64, 8, 1),
+}
+# The interpreter's time is in the number of blocks; small ones so that short tests see several.
+_INTERPRETED_FORWARD = {
+    "decode": Forward(16, 16, 4, 1), "short": Forward(32, 32, 4, 1), "long": Forward(64, 32, 4, 1),
+}  # fmt: skip
+_INTERPRETED_BACKWARD = Backward(32, 32, 64, 32, 64, 32, 4, 1)
+
+
+def forward_tile(architecture: str, bits: int, dim: int, regime: str) -> Forward:
+    """The forward tile for elements of `bits` bits and a head dimension of `dim`, a power of two."""
+    if architecture == "interpreter":
+        return _INTERPRETED_FORWARD[regime]
+    return _FORWARD[_key(_FORWARD, architecture, bits, dim)][regime]
+
+
+def backward_tile(architecture: str, bits: int, dim: int) -> Backward:
+    """The backward tiles, arguments as in `forward_tile`."""
+    if architecture == "interpreter":
+        return _INTERPRETED_BACKWARD
+    return _BACKWARD[_key(_BACKWARD, architecture, bits, dim)]
+
+
+def nearest_architecture(architecture: str) -> str:
+    """The architecture whose tiles `architecture` takes: itself, else the newest in the table that is not newer."""
+    return _nearest({known for known, _, _ in _FORWARD}, architecture)
+
+
+def _key(table: dict[tuple[str, int, int], object], architecture: str, bits: int, dim: int) -> tuple[str, int, int]:
+    width = max(dim, 64)
+    has = {known for known, known_bits, known_dim in table if (known_bits, known_dim) == (bits, width)}
+    return _nearest(has, architecture), bits, width
+
+
+def _nearest(known: set[str], architecture: str) -> str:
+    if architecture in known:
+        return architecture
+    number = _number(architecture)
+    older = [name for name in known if _number(name) <= number]
+    return max(older, key=_number) if older else min(known, key=_number)
+
+
+def _number(architecture: str) -> int:
+    """90 of "sm_90"; 0 for what is not an NVIDIA architecture, whose tiles are the smallest."""
+    found = re.fullmatch(r"sm_(\d+)", architecture)
+    return int(found.group(1)) if found else 0
