@@ -21,8 +21,8 @@ PREFIX_IN_ROWS = tl.constexpr(2)
 def row_span(i_row, bounds_ptr, ends_ptr, q_len, k_len, DENSE: tl.constexpr):
     """Where row `i_row` lies.
 
-    Returns the flat index of its first query, its number of queries, the first query's and the first own key's offset in
-    tokens from the row's base, its number of own keys, and `shift`: query slot t is own token t + shift.
+    Returns the flat index of its first query, its number of queries, the first query's and the first own key's offset
+    in tokens from the row's base, its number of own keys, and `shift`: query slot t is own token t + shift.
     """
     if DENSE:
         first_key = 0
@@ -88,8 +88,8 @@ def tanh(x):
 def bend(qk, own_q, own_k, heads, slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP: tl.constexpr):
     """Scores in units of log2 from raw products, and the capping's derivative (1.0 without it).
 
-    `own_q` is a query's index in its row; `own_k` a key's, which is negative for a prefix: -P_n to -1. With `heads` they
-    broadcast against `qk`, whichever way round it is.
+    `own_q` is a query's index in its row; `own_k` a key's, which is negative for a prefix: -P_n to -1. With `heads`
+    they broadcast against `qk`, whichever way round it is.
     """
     slope = 1.0
     if not SOFTCAP and slopes_ptr is None and bias_ptr is None:
@@ -110,6 +110,15 @@ def bend(qk, own_q, own_k, heads, slopes_ptr, bias_ptr, scale, softcap, reach, S
 
 
 @triton.jit
+def inside(own_q, own_k, window, WINDOW_ON_PREFIX: tl.constexpr):
+    """Which keys the window leaves in view; indices as in `bend`."""
+    seen = tl.abs(own_q - own_k) < window
+    if not WINDOW_ON_PREFIX:
+        seen = seen | (own_k < 0)
+    return seen
+
+
+@triton.jit
 def visible(
     own_q, own_k, m_k, window, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WINDOW_ON_PREFIX: tl.constexpr
 ):  # fmt: skip
@@ -118,8 +127,5 @@ def visible(
     if CAUSAL:
         seen = seen & (own_k <= own_q)
     if WINDOW:
-        inside = tl.abs(own_q - own_k) < window
-        if not WINDOW_ON_PREFIX:
-            inside = inside | (own_k < 0)
-        seen = seen & inside
+        seen = seen & inside(own_q, own_k, window, WINDOW_ON_PREFIX)
     return seen

@@ -25,7 +25,7 @@ def forward_kernel(
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, DENSE: tl.constexpr, PREFIX: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-    WINDOW_ON_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
+    WINDOW_ON_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """out [SPLITS *] [total, H, D_v] and lse [SPLITS *] [H, total]; grid (rows * H_kv * SPLITS * num_tiles)."""
     i_program = tl.program_id(0)
@@ -91,9 +91,9 @@ def forward_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total_p = tl.zeros([BLOCK_M], tl.float32)
     if sinks_ptr is not None:
-        if i_split == 0:
-            maximum = tl.load(sinks_ptr + i_head).to(tl.float32) * LOG2E  # [M]
-            total_p += 1.0
+        counted = i_split == 0  # once, however the keys are split
+        maximum = tl.where(counted, tl.load(sinks_ptr + i_head).to(tl.float32) * LOG2E, maximum)  # [M]
+        total_p = tl.where(counted, 1.0, total_p)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
 
     for i_block in range(first, tl.minimum(last, whole)):
@@ -105,7 +105,7 @@ def forward_kernel(
         o_v = i_n.to(tl.int64) * tl.where(is_prefix, stride_pv_t, stride_v_t)  # [N]
         b_k = tl.load(base_k + o_k[:, None] + i_d[None, :], mask=m_d[None, :], other=0.0)  # [N, D]
         b_v = tl.load(base_v + o_v[:, None] + i_dv[None, :], mask=m_dv[None, :], other=0.0)  # [N, DV]
-        qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, D] @ [D, N]
+        qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
         own_k = i_n - tl.where(is_prefix, num_prefix, 0)
         scores, _ = bend(
             qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP
@@ -114,7 +114,7 @@ def forward_kernel(
         p = tl.exp2(scores - b_max[:, None])  # [M, N]
         alpha = tl.exp2(maximum - b_max)
         total_p = total_p * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)  # [M, N] @ [N, DV]
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision="ieee")  # [M, N] @ [N, DV]
         maximum = b_max
 
     for i_block in range(tl.maximum(first, whole) - whole, last - whole):
@@ -128,7 +128,7 @@ def forward_kernel(
         m_n = i_n < tl.where(is_prefix, num_prefix, num_keys)
         b_k = tl.load(base_k + o_k[:, None] + i_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)  # [N, D]
         b_v = tl.load(base_v + o_v[:, None] + i_dv[None, :], mask=m_n[:, None] & m_dv[None, :], other=0.0)  # [N, DV]
-        qk = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)  # [M, D] @ [D, N]
+        qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
         own_k = i_n - tl.where(is_prefix, num_prefix, 0)
         scores, _ = bend(
             qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP
@@ -140,7 +140,7 @@ def forward_kernel(
         p = tl.exp2(scores - pivot[:, None])  # [M, N]
         alpha = tl.exp2(maximum - pivot)
         total_p = total_p * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision=PRECISION)  # [M, N] @ [N, DV]
+        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision="ieee")  # [M, N] @ [N, DV]
         maximum = b_max
 
     nothing = (total_p == 0.0) | (m_q == 0)

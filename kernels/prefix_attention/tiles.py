@@ -35,27 +35,30 @@ class Backward:
     prefix_n: int
     num_warps: int
     num_stages: int
+    swapped: bool = False  # gradients of keys as [D, N], for blocks of fewer than 64 keys
 
 
 # Keys: architecture, bits of an element, head dimension rounded up to a power of two (64 serves 16 and 32 as well).
+# Every entry compiles without spills, on its architecture and each supported release of Triton, for packed rows as for
+# a prefix given apart (benchmarks/compile_tiles.py). fp32 products are exact and run on no tensor core.
 _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
     ("sm_80", 16, 64): {
-        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 4, 3),
+        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 2), "long": Forward(128, 64, 8, 3),
     },
     ("sm_80", 16, 128): {
-        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 64, 4, 2), "long": Forward(128, 64, 8, 2),
+        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 64, 8, 2), "long": Forward(64, 64, 8, 2),
     },
     ("sm_80", 16, 256): {
         "decode": Forward(16, 32, 4, 2), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
     },
     ("sm_80", 32, 64): {
-        "decode": Forward(16, 32, 4, 2), "short": Forward(32, 32, 4, 2), "long": Forward(64, 32, 8, 2),
+        "decode": Forward(16, 32, 4, 1), "short": Forward(32, 32, 4, 2), "long": Forward(32, 32, 4, 2),
     },
     ("sm_80", 32, 128): {
-        "decode": Forward(16, 32, 4, 2), "short": Forward(32, 32, 8, 2), "long": Forward(32, 32, 8, 2),
+        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 1), "long": Forward(16, 16, 4, 1),
     },
     ("sm_80", 32, 256): {
-        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 8, 1), "long": Forward(16, 16, 8, 1),
+        "decode": Forward(16, 16, 8, 1), "short": Forward(16, 16, 8, 1), "long": Forward(16, 16, 8, 1),
     },
     ("sm_90", 16, 64): {
         "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
@@ -64,20 +67,24 @@ _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
         "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
     },
     ("sm_90", 16, 256): {
-        "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(128, 32, 8, 2),
+        "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
+    },
+    ("sm_90", 32, 64): {
+        "decode": Forward(16, 16, 4, 1), "short": Forward(32, 16, 4, 1), "long": Forward(32, 16, 4, 1),
     },
 }  # fmt: skip
 
 _BACKWARD: dict[tuple[str, int, int], Backward] = {
-    ("sm_80", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
-    ("sm_80", 16, 128): Backward(64, 64, 64, 64, 64, 64, 8, 2),
-    ("sm_80", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 1),
-    ("sm_80", 32, 64): Backward(32, 32, 32, 32, 32, 32, 8, 1),
+    ("sm_80", 16, 64): Backward(64, 32, 32, 64, 32, 64, 4, 2),
+    ("sm_80", 16, 128): Backward(64, 64, 64, 64, 32, 64, 8, 2),
+    ("sm_80", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 2, swapped=True),
+    ("sm_80", 32, 64): Backward(32, 32, 16, 32, 16, 32, 4, 1),
     ("sm_80", 32, 128): Backward(32, 16, 16, 32, 16, 32, 8, 1),
     ("sm_80", 32, 256): Backward(16, 16, 16, 16, 16, 16, 8, 1),
     ("sm_90", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
-    ("sm_90", 16, 128): Backward(64, 64, 64, 64, 64, 64, 8, 2),
-    ("sm_90", 16, 256): Backward(64, 32, 32, 64, 32, 64, 8, 1),
+    ("sm_90", 16, 128): Backward(128, 64, 32, 128, 32, 128, 8, 2),
+    ("sm_90", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 2, swapped=True),
+    ("sm_100", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 1, swapped=True),
 }
 # The interpreter's time is in the number of blocks; small ones so that short tests see several.
 _INTERPRETED_FORWARD = {

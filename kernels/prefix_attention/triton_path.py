@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ptengine.kernels import launch
 from ptengine.kernels.prefix_attention import device
-from ptengine.kernels.prefix_attention.backward import backward_kernel, prepare_kernel, reduce_kernel
+from ptengine.kernels.prefix_attention.backward import backward_kernel
+from ptengine.kernels.prefix_attention.backward_prefix import prepare_kernel, reduce_kernel
 from ptengine.kernels.prefix_attention.forward import combine_kernel, forward_kernel
 from ptengine.kernels.prefix_attention.scores import ScoreRules
 from ptengine.kernels.prefix_attention.tiles import backward_tile, forward_tile
@@ -89,7 +90,7 @@ def forward(
         rules.scale, rules.softcap or 1.0, window or 0, _reach(rules), total, layout.q_len, layout.k_len, prefix_len,
         num_tiles, heads_kv, group, dim, dim_v, _width(dim), _width(dim_v), tile.block_m, tile.block_n, splits,
         layout.dense, _prefix_mode(layout, prefix_k), rules.causal, window is not None, rules.window_includes_prefix,
-        rules.softcap is not None, _precision(q),
+        rules.softcap is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
@@ -141,26 +142,31 @@ def backward(
     ordered = layout.prompts is not None and mode != device.NO_PREFIX
     placed = mode != device.NO_PREFIX and (window is not None or _biases(rules) != (None, None))
     groups = layout.rows if layout.in_rows else prompts
-    delta = torch.empty_like(lse)
-    order = q.new_empty(total, dtype=torch.int64) if ordered else None
-    offsets = q.new_empty(groups + 1, dtype=torch.int64) if ordered else None
+    base, delta = torch.empty_like(lse), torch.empty_like(lse)
+    order = q.new_empty(total, dtype=torch.int32) if ordered else None
+    offsets = q.new_empty(groups + 1, dtype=torch.int32) if ordered else None
     place = q.new_empty(total, dtype=torch.int32) if placed else None
     delta_tiles = triton.cdiv(total * heads, 64)
     row_programs = layout.rows if ordered or placed else 0
     prepare_kernel[(delta_tiles + row_programs + (groups + 1 if ordered else 0),)](
-        grad, out, lse, delta, layout.bounds, layout.prompts, order, offsets, place,
+        grad, out, lse, base, delta, layout.bounds, layout.prompts, order, offsets, place,
         grad.stride(0), grad.stride(1), total, row_programs, groups, layout.q_len, delta_tiles,
         heads, dim_v, width_v, 64, _PREPARE_ROWS, layout.dense, ordered, placed,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 
-    programs = 0
+    # A prefix's block is cut among programs until this many have work; more programs only where there are more blocks.
+    wanted = 2 * launch.multiprocessors(q.device)
+    if mode == device.PREFIX_IN_ROWS:
+        blocks = total // tile.prefix_n + layout.rows  # at most: which rows are read, only the device knows
+    else:
+        blocks = prompts * triton.cdiv(prefix_len, tile.prefix_n)
+    programs = max(wanted, blocks * heads_kv) if blocks else 0
     part_k = part_v = None
-    if mode == device.PREFIX_IN_ROWS or (mode == device.PREFIX_APART and prefix_len > 0 and prompts > 0):
-        programs = 2 * launch.multiprocessors(q.device)
+    if programs:
         make = torch.empty if deterministic else torch.zeros
         part_k, part_v = (
-            make(programs, tile.prefix_n, width, dtype=torch.float32, device=q.device) for width in (dim, dim_v)
+            make(wanted, tile.prefix_n, width, dtype=torch.float32, device=q.device) for width in (dim, dim_v)
         )
     key_tiles = query_tiles = 0
     if rows_need_grad:
@@ -173,21 +179,21 @@ def backward(
     if grid == 0:
         return prefixes
     backward_kernel[(grid,)](
-        q, k, v, *_prefix_pointers(k, v, prefix_k, prefix_v), grad, lse, delta, dq, dk, dv, dpk, dpv, part_k, part_v,
+        q, k, v, *_prefix_pointers(k, v, prefix_k, prefix_v), grad, base, delta, dq, dk, dv, dpk, dpv, part_k, part_v,
         layout.bounds, layout.ends, layout.prompts, layout.lengths, order, offsets, place, *_biases(rules),
         *layout.strides(q, False), *layout.strides(k, True), *layout.strides(v, True),
         *_prefix_strides(layout, k, v, prefix_k, prefix_v), grad.stride(0), grad.stride(1), *of_keys,
         rules.scale, rules.softcap or 1.0, window or 0, _reach(rules), total, layout.rows, prompts,
-        layout.q_len, layout.k_len, prefix_len, programs, key_tiles, query_tiles,
+        layout.q_len, layout.k_len, prefix_len, programs, wanted, key_tiles, query_tiles,
         heads_kv, group, dim, dim_v, width, width_v, tile.query_m, tile.query_n, tile.key_m, tile.key_n,
         tile.prefix_m, tile.prefix_n, _PREPARE_ROWS, layout.dense, mode, rules.causal, window is not None,
-        rules.window_includes_prefix, rules.softcap is not None, _precision(q), rows_need_grad, not deterministic,
-        num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
+        rules.window_includes_prefix, rules.softcap is not None, rows_need_grad, not deterministic,
+        tile.swapped, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if programs:
-        reduce_kernel[(programs * triton.cdiv(tile.prefix_n, _REDUCE_ROWS),)](
+        reduce_kernel[(wanted * triton.cdiv(tile.prefix_n, _REDUCE_ROWS),)](
             part_k, part_v, dk, dv, dpk, dpv, layout.bounds, offsets,
-            of_keys[1], of_keys[2], of_keys[4], of_keys[5], layout.rows, prompts, prefix_len, programs,
+            of_keys[1], of_keys[2], of_keys[4], of_keys[5], layout.rows, prompts, prefix_len, wanted,
             heads_kv, dim, dim_v, width, width_v, tile.prefix_n, _REDUCE_ROWS, _PREPARE_ROWS, mode, not deterministic,
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
@@ -241,8 +247,3 @@ def _window(rules: ScoreRules, layout: Layout, prefix_len: int) -> int | None:
         return None
     longest = layout.k_len + (layout.k_len if layout.in_rows else prefix_len)
     return None if rules.window >= longest else rules.window
-
-
-def _precision(q: Tensor) -> str:
-    """How fp32 products are taken: as PyTorch's own switch says, but never in plain tf32, which is 3e-4 off."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32x3"

@@ -156,7 +156,7 @@ def test_rows_as_prefixes(option: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("processors", [1, 3, 24])
 def test_any_number_of_programs(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The prefix part is dealt out to however many programs the device runs: one for all blocks, or many for each."""
+    """A prefix's block is cut among as many programs as the device runs: not at all, or many times."""
     monkeypatch.setattr(launch, "multiprocessors", lambda device: processors)
     lengths, readers = (70, 5, 3, 20, 9), index(-1, -1, 0, 0, 1)
     rows = [source(n, lengths) for n in readers.tolist()]
