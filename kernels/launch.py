@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +15,15 @@ import torch
 
 from ptengine.kernels.dispatch import register
 
-__all__ = ["DEVICES", "DTYPES", "INTERPRETED", "architecture", "multiprocessors", "register_kernel"]
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "INTERPRETED",
+    "architecture",
+    "multiprocessors",
+    "nearest_architecture",
+    "register_kernel",
+]
 
 # Triton reads this variable when a kernel is defined, so it is read once here too.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -52,3 +60,20 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def nearest_architecture(architecture: str, known: Collection[str]) -> str:
+    """The entry of a tile table that `architecture` takes: its own, else the newest that is not newer, else the oldest.
+
+    One that is not NVIDIA's takes the oldest of NVIDIA's, whose tiles are the smallest.
+    """
+    if architecture in known:
+        return architecture
+    names = sorted((name for name in known if name.startswith("sm_")), key=_generation)
+    older = [name for name in names if _generation(name) <= _generation(architecture)]
+    return older[-1] if older else names[0]
+
+
+def _generation(architecture: str) -> int:
+    """90 of "sm_90", 0 of anything else."""
+    return int(architecture.removeprefix("sm_")) if architecture.startswith("sm_") else 0

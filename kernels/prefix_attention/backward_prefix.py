@@ -27,8 +27,8 @@ def prepare_kernel(
 
     base [H, total], each query's log-sum-exp in units of log2, +inf where it saw nothing, so that its weights are 0;
     delta [H, total], the sum of its grad * out, 0 for padding. With ORDERED: order [total], the tokens sorted by what
-    they read, and offsets [groups + 1], where the readers of each begin. With PLACED: place [total], each token's slot
-    in its row.
+    they read, those that read nothing first, and offsets [groups + 1], where the readers of each begin. With PLACED:
+    place [total], each token's slot in its row.
     """
     i_program = tl.program_id(0)
     if i_program < num_tiles:
@@ -63,7 +63,7 @@ def prepare_kernel(
             if PLACED:
                 tl.store(place_ptr + start + i_t, i_t, mask=i_t < length)
             if ORDERED:
-                tl.store(order_ptr + to + i_t, start + i_t, mask=i_t < tl.where(group >= 0, length, 0))
+                tl.store(order_ptr + to + i_t, start + i_t, mask=i_t < length)
     elif ORDERED:
         i_group = i_program - num_tiles - rows
         before = _readers_before(i_group, 0, bounds_ptr, prompts_ptr, rows, q_len, BLOCK_R, DENSE)
@@ -74,7 +74,7 @@ def prepare_kernel(
 def _readers_before(
     group, i_row, bounds_ptr, prompts_ptr, rows, q_len, BLOCK_R: tl.constexpr, DENSE: tl.constexpr
 ):  # fmt: skip
-    """Tokens of rows that read something before `group`, or `group` itself and stand before row `i_row`."""
+    """Tokens of rows that read what comes before `group`, or `group` itself and stand before row `i_row`."""
     count = tl.zeros([BLOCK_R], tl.int32)
     for i_first in range(0, rows, BLOCK_R):
         i_other = i_first + tl.arange(0, BLOCK_R)  # [R]
@@ -85,7 +85,7 @@ def _readers_before(
         else:
             lengths = tl.load(bounds_ptr + i_other + 1, mask=m_other, other=0).to(tl.int32)
             lengths -= tl.load(bounds_ptr + i_other, mask=m_other, other=0).to(tl.int32)
-        earlier = (other >= 0) & ((other < group) | ((other == group) & (i_other < i_row)))
+        earlier = (other < group) | ((other == group) & (i_other < i_row))
         count += tl.where(earlier & m_other, lengths, 0)
     return tl.sum(count, 0)
 

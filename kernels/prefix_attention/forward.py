@@ -175,6 +175,7 @@ def combine_kernel(
     o_part = ((i_s * total + i_token) * HEADS + i_head) * DIM_V  # [S]
     part = tl.load(part_ptr + o_part[:, None] + i_dv[None, :], mask=m_s[:, None] & m_dv[None, :], other=0.0)  # [S, DV]
     nothing = whole == 0.0
-    out = tl.sum(part * weights[:, None], 0) / tl.where(nothing, 1.0, whole)  # [DV]
+    whole = tl.where(nothing, 1.0, whole)
+    out = tl.sum(part * weights[:, None], 0) / whole  # [DV]
     tl.store(out_ptr + i_pair * DIM_V + i_dv, out.to(out_ptr.dtype.element_ty), mask=m_dv)
     tl.store(lse_ptr + i_head * total + i_token, tl.where(nothing, float("-inf"), pivot + tl.log2(whole) * LN2))

@@ -95,7 +95,8 @@ def _varlen(
         from ptengine.kernels.prefix_attention import triton_path
 
         layout = _varlen_layout(cu_seqlens, max_seqlen, prompt_ids, prefix_rows, prefix_lengths)
-        return triton_path.forward(q, k, v, prefix_k, prefix_v, layout, rules)
+        with torch.cuda.device_of(q):
+            return triton_path.forward(q, k, v, prefix_k, prefix_v, layout, rules)
     plan = _varlen_plan(q, prefix_k, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, causal)
     return torch_path.forward(q, k, v, prefix_k, prefix_v, plan, rules)
 
@@ -120,9 +121,10 @@ def _varlen_backward(
         from ptengine.kernels.prefix_attention import triton_path
 
         layout = _varlen_layout(cu_seqlens, max_seqlen, prompt_ids, prefix_rows, prefix_lengths)
-        return triton_path.backward(
-            grad, q, k, v, prefix_k, prefix_v, out, lse, layout, rules, rows_need_grad, deterministic
-        )
+        with torch.cuda.device_of(q):
+            return triton_path.backward(
+                grad, q, k, v, prefix_k, prefix_v, out, lse, layout, rules, rows_need_grad, deterministic
+            )
     plan = _varlen_plan(q, prefix_k, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, causal)
     return torch_path.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, plan, rules, rows_need_grad)
 
@@ -147,7 +149,8 @@ def _dense(
         from ptengine.kernels.prefix_attention import triton_path
 
         layout = _dense_layout(q, k, key_lengths, key_starts, prompt_ids, prefix_lengths)
-        out, lse = triton_path.forward(q, k, v, prefix_k, prefix_v, layout, rules)
+        with torch.cuda.device_of(q):
+            out, lse = triton_path.forward(q, k, v, prefix_k, prefix_v, layout, rules)
     else:
         plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
         out, lse = torch_path.forward(q.flatten(0, 1), k, v, prefix_k, prefix_v, plan, rules)
@@ -174,10 +177,11 @@ def _dense_backward(
         from ptengine.kernels.prefix_attention import triton_path
 
         layout = _dense_layout(q, k, key_lengths, key_starts, prompt_ids, prefix_lengths)
-        return triton_path.backward(
-            grad.flatten(0, 1), q, k, v, prefix_k, prefix_v, out.flatten(0, 1), lse.flatten(1),
-            layout, rules, rows_need_grad, deterministic,
-        )  # fmt: skip
+        with torch.cuda.device_of(q):
+            return triton_path.backward(
+                grad.flatten(0, 1), q, k, v, prefix_k, prefix_v, out.flatten(0, 1), lse.flatten(1),
+                layout, rules, rows_need_grad, deterministic,
+            )  # fmt: skip
     plan = _dense_plan(q, k, prefix_k, key_lengths, key_starts, prompt_ids, prefix_lengths, causal)
     gradients = torch_path.backward(
         grad.flatten(0, 1), q.flatten(0, 1), k, v, prefix_k, prefix_v, out.flatten(0, 1), lse.flatten(1),

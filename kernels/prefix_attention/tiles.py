@@ -2,15 +2,17 @@
 
 Regimes of the forward kernel: "decode", a tile holds all queries of a row and they are few, so the keys are split;
 "short", they fit one tile; "long", everything else. An architecture that is not in the table takes the entry of its
-nearest older relative, and `nearest_architecture` says which.
+nearest older relative.
 """
 
 from __future__ import annotations
 
-import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Backward", "Forward", "backward_tile", "forward_tile", "nearest_architecture"]
+from ptengine.kernels.launch import nearest_architecture
+
+__all__ = ["Backward", "Forward", "architectures", "backward_tile", "forward_tile"]
 
 
 @dataclass(frozen=True)
@@ -107,26 +109,12 @@ def backward_tile(architecture: str, bits: int, dim: int) -> Backward:
     return _BACKWARD[_key(_BACKWARD, architecture, bits, dim)]
 
 
-def nearest_architecture(architecture: str) -> str:
-    """The architecture whose tiles `architecture` takes: itself, else the newest in the table that is not newer."""
-    return _nearest({known for known, _, _ in _FORWARD}, architecture)
+def architectures() -> set[str]:
+    """Those with entries of their own."""
+    return {known for known, _, _ in _FORWARD}
 
 
-def _key(table: dict[tuple[str, int, int], object], architecture: str, bits: int, dim: int) -> tuple[str, int, int]:
+def _key(table: Mapping[tuple[str, int, int], object], architecture: str, bits: int, dim: int) -> tuple[str, int, int]:
     width = max(dim, 64)
     has = {known for known, known_bits, known_dim in table if (known_bits, known_dim) == (bits, width)}
-    return _nearest(has, architecture), bits, width
-
-
-def _nearest(known: set[str], architecture: str) -> str:
-    if architecture in known:
-        return architecture
-    number = _number(architecture)
-    older = [name for name in known if _number(name) <= number]
-    return max(older, key=_number) if older else min(known, key=_number)
-
-
-def _number(architecture: str) -> int:
-    """90 of "sm_90"; 0 for what is not an NVIDIA architecture, whose tiles are the smallest."""
-    found = re.fullmatch(r"sm_(\d+)", architecture)
-    return int(found.group(1)) if found else 0
+    return nearest_architecture(architecture, has), bits, width

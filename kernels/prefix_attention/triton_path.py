@@ -57,7 +57,8 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, layout: Layout, rules: ScoreRules
 ) -> tuple[Tensor, Tensor]:
     """out [M, H, D_v] in q's dtype and lse fp32 [H, M], M query slots in all; prefixes are [N, P, H_kv, D]."""
-    q, k, v, prefix_k, prefix_v = _unit_strides(q, k, v, prefix_k, prefix_v)
+    q, k, v = _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    prefix_k, prefix_v = _unit_strides(prefix_k, prefix_v)
     heads, dim, dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
     heads_kv = k.shape[1]
     total = q.shape[:-2].numel()
@@ -120,8 +121,8 @@ def backward(
     They are contiguous and in their tensors' dtype. Only with `deterministic=False` are a prefix's partial gradients
     added by atomic operations, in no fixed order.
     """
-    q, k, v, prefix_k, prefix_v = _unit_strides(q, k, v, prefix_k, prefix_v)
-    (grad,) = _unit_strides(grad)
+    grad, q, k, v = _unit_stride(grad), _unit_stride(q), _unit_stride(k), _unit_stride(v)
+    prefix_k, prefix_v = _unit_strides(prefix_k, prefix_v)
     out, lse = out.contiguous(), lse.contiguous()
     heads, dim, dim_v = q.shape[-2], q.shape[-1], v.shape[-1]
     heads_kv = k.shape[1]
@@ -174,7 +175,9 @@ def backward(
         query_tiles = triton.cdiv(layout.q_len * group, tile.query_m)
     dq, dk, dv = rows or (None, None, None)
     dpk, dpv = prefixes or (None, None)
-    of_keys = (*layout.strides(dk, True), *layout.strides(dv, True)) if rows else (0,) * 6
+    of_keys = (0,) * 6
+    if rows:
+        of_keys = (*layout.strides(rows[1], True), *layout.strides(rows[2], True))
     grid = programs + layout.rows * heads_kv * (key_tiles + query_tiles)
     if grid == 0:
         return prefixes
@@ -200,8 +203,14 @@ def backward(
     return rows + prefixes
 
 
-def _unit_strides(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors]
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _unit_strides(prefix_k: Tensor | None, prefix_v: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    if prefix_k is None or prefix_v is None:
+        return None, None
+    return _unit_stride(prefix_k), _unit_stride(prefix_v)
 
 
 def _width(dim: int) -> int:

@@ -30,12 +30,14 @@ def run(args: argparse.Namespace) -> Outcome:
 
     from ptengine.commands.loading import import_operations
     from ptengine.kernels.dispatch import ENVIRONMENT, explain, operations
+    from ptengine.kernels.launch import architecture
 
     import_operations()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     paths = {device: [explain(name, torch.device(device)) for name in operations()] for device in devices}
     assets, problems = _assets()
     problems += [line for lines in paths.values() for line in lines if ": refused" in line]
+    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     data: dict[str, Any] = {
         "command": "doctor",
         "ptengine": __version__,
@@ -47,12 +49,33 @@ def run(args: argparse.Namespace) -> Outcome:
         "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
         "backend_forced": os.environ.get(ENVIRONMENT) or None,
         "operations": paths,
+        "tiles": [line for device in cuda for line in tile_report(architecture(device))],
         "assets": assets,
         "problems": problems,
     }
     if args.model is not None:
         data["model"] = _model_report(args)
     return Outcome(data, tuple(_lines(data)), status=1 if problems else 0)
+
+
+def tile_report(architecture: str) -> list[str]:
+    """One line per operation: whose kernel tiles a GPU takes, which is another's where the tables do not know it."""
+    from ptengine.kernels.launch import nearest_architecture
+    from ptengine.kernels.linear_cross_entropy import tiles as of_loss
+    from ptengine.kernels.prefix_attention import tiles as of_attention
+    from ptengine.kernels.prefix_concat import tiles as of_concat
+
+    lines = []
+    tables = {"prefix_attention": of_attention, "prefix_concat": of_concat, "linear_cross_entropy": of_loss}
+    for op, tiles in tables.items():
+        taken = nearest_architecture(architecture, tiles.architectures())
+        why = (
+            "its own"
+            if taken == architecture
+            else f"those of {taken}, the nearest, since the table has none of its own"
+        )
+        lines.append(f"{op} on {architecture}: tiles {why}")
+    return lines
 
 
 def _version(package: str) -> str | None:
@@ -103,6 +126,7 @@ def _lines(data: dict[str, Any]) -> list[str]:
         f"devices: {', '.join(data['devices'])}; {data['cores']} cores, {data['threads']} threads",
         "operations, and which path a call takes:",
         *(f"  {line}" for paths in data["operations"].values() for line in paths),
+        *(f"  {line}" for line in data["tiles"]),
         "embedded:",
         *(f"  {name}: {folder}" for name, folder in data["assets"].items()),
     ]

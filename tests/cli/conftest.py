@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from transformers import (
 
 from ptengine.assets import backbone_path
 from ptengine.cli import main
+from ptengine.commands.loading import import_operations
+from ptengine.kernels import dispatch
 
 GOOD, BAD = ["fine", "lovely", "great"], ["poor", "dull", "awful"]
 
@@ -118,3 +120,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
         test=write_rows(root / "test.jsonl", rows[:6]),
         pairs=write_rows(root / "pairs.jsonl", pairs),
     )
+
+
+@pytest.fixture(autouse=True)
+def _no_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels on CUDA only, as for a user: the suite runs where Triton's interpreter offers them on a CPU too."""
+    import_operations()
+    cuda_only = {
+        op: {name: replace(entry, devices=("cuda",)) if name == "triton" else entry for name, entry in known.items()}
+        for op, known in dispatch._REGISTRY.items()
+    }
+    monkeypatch.setattr(dispatch, "_REGISTRY", cuda_only)

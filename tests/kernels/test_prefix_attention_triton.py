@@ -1,7 +1,7 @@
 """prefix_attention, the Triton kernels, forward and backward together, against the fp64 specification.
 
-On a CPU they run in Triton's interpreter (fp32 and fp16); on a GPU compiled, in bf16 too. Every comparison is three-way:
-the kernel's error against fp64 may be 1.5 times (gradients: 3 times) that of plain PyTorch in the same dtype.
+On a CPU they run in Triton's interpreter (fp32 and fp16); on a GPU compiled, in bf16 too. Every comparison is
+three-way: the error against fp64 may be 1.5 times (gradients: 3 times) that of plain PyTorch in the same dtype.
 """
 
 from __future__ import annotations
@@ -130,6 +130,27 @@ def test_every_option(option: str, dtype: torch.dtype) -> None:
     lengths = (17, 0, 40)
     tensors = packed(lengths, dtype=dtype) + prefixes(20, dtype=dtype)
     compare(tensors, lengths, [whole_prefix] * 3, {}, OPTIONS[option](4))
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("window", [2, 31, 32, 33, 34])
+def test_windows_that_end_where_a_block_does(window: int, causal: bool) -> None:
+    """The blocks that are passed over are exactly those outside the window, of the row and of the prefix."""
+    tensors = packed((70,), (2, 1), dtype=torch.float32) + prefixes(40, heads=(2, 1), dtype=torch.float32)
+    compare(tensors, (70,), [whole_prefix], {}, {"causal": causal, "window": window})
+
+
+@pytest.mark.parametrize(("q_len", "k_len"), [(1, 200), (40, 40)])
+def test_large_scores_do_not_overflow(q_len: int, k_len: int) -> None:
+    """exp of a score of hundreds is infinite in fp32; also where partial results of split keys are merged."""
+    tensors = [noise(2, heads, length, 16, dtype=torch.float32, seed=7) for heads, length in ((2, q_len), (1, k_len))]
+    tensors = [tensors[0], tensors[1], tensors[1].flip(-1)]
+    out = prefix_attention(*(x.to(DEVICE) for x in tensors), None, None, scale=60.0, backend="triton")
+    exact = prefix_attention(*(x.double() for x in tensors), None, None, scale=60.0, backend="reference")
+    largest = 60 * (tensors[0].double().norm(dim=-1).max() * tensors[1].double().norm(dim=-1).max()).item()
+    assert largest > 500
+    # A weight's exponent carries the rounding of its score.
+    torch.testing.assert_close(out.cpu().double(), exact, rtol=0, atol=8 * 2**-23 * largest)
 
 
 @pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
@@ -396,9 +417,10 @@ def test_only_the_prefix_part_runs_where_rows_need_no_gradient(monkeypatch: pyte
 def test_backend_refuses_what_the_kernels_cannot_do() -> None:
     cu = cumulative((3,)).to(DEVICE)
     tensors = [x.to(DEVICE) for x in packed((3,)) + prefixes(2)]
-    with pytest.raises(ValueError, match="takes float16, .*float32.*, not float64"):
+    with pytest.raises(ValueError, match=r"takes float16, .*float32.*, not float64"):
         prefix_attention_varlen(*tensors, cu, 3, backend="triton")
-    tensors = [x.to(DEVICE) for x in packed((3,), dim=264, dtype=torch.float32) + prefixes(2, dim=264, dtype=torch.float32)]
+    wide = packed((3,), dim=264, dtype=torch.float32) + prefixes(2, dim=264, dtype=torch.float32)
+    tensors = [x.to(DEVICE) for x in wide]
     with pytest.raises(ValueError, match="heads of up to 256, not 264"):
         prefix_attention_varlen(*tensors, cu, 3, backend="triton")
 

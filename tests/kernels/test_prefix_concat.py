@@ -1,7 +1,12 @@
-"""prefix_concat: values, gradients summed over the batch, the operator's contract, its memory."""
+"""prefix_concat on the reference and the PyTorch path: values, gradients, rotation, the operator's contract, memory.
+
+The Triton kernel, packed rows and paged caches have files of their own, which take their inputs from here.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -9,8 +14,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptengine.kernels.prefix_concat import prefix_concat, prefix_concat_reference, torch_path
+from ptengine.kernels.prefix_concat import operators, prefix_concat, prefix_concat_reference, torch_path
 
+from .prefix_attention_cases import check_error, noise
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the tests of kernels; those here are for CPUs
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -24,6 +32,48 @@ def inputs(
     rows = torch.randn(batch, length, heads, 3, dtype=torch.float64, generator=generator).to(dtype).transpose(1, 2)
     ids = None if prompts is None else torch.randint(prompts, (batch,), generator=generator, dtype=torch.int32)
     return prefix, rows.requires_grad_(), ids
+
+
+def wide(
+    virtual: int, batch: int, length: int, dtype: torch.dtype, prompts: int | None = None, heads: int = 2, dim: int = 16
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """As `inputs` with more channels and always the same ids: of 3 prompts, rows 0, 1, 2 read 1, 2 and 2."""
+    many = () if prompts is None else (prompts,)
+    prefix = noise(*many, virtual, heads, dim, dtype=dtype, seed=2)
+    rows = noise(batch, length, heads, dim, dtype=dtype, seed=3).transpose(1, 2)
+    return prefix, rows, None if prompts is None else (torch.arange(batch) ** 2 + 1) % prompts
+
+
+def rotary(*tokens: int, width: int, dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:
+    """cos and sin [*tokens, width] that are neither of unit length nor equal in their halves: all four parts matter."""
+    return {name: noise(*tokens, width, dtype=dtype, seed=seed) for seed, name in enumerate(("cos", "sin"))}
+
+
+def widened(keywords: dict[str, Any]) -> dict[str, Any]:
+    """The same in float64, indices as they are."""
+    return {
+        name: x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for name, x in keywords.items()
+    }
+
+
+def on_device(*tensors: torch.Tensor | None) -> tuple[Any, ...]:
+    return tuple(None if x is None else x.to(DEVICE) for x in tensors)
+
+
+def options_for(ids: torch.Tensor | None, tokens: tuple[int, ...], width: int, dtype: torch.dtype) -> dict[str, Any]:
+    tables = rotary(*tokens, width=width, dtype=dtype) if width else {}
+    return {"prompt_ids": ids} | {name: x.to(DEVICE) for name, x in tables.items()}
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Memory that is allocated and not written holds NaN, or the largest integer."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.empty(1).isnan()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def run(function: Any, prefix: torch.Tensor, rows: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, ...]:
@@ -118,31 +168,37 @@ def test_one_bad_row_stays_in_its_prompt() -> None:
     assert of_prefix.flatten(1).isnan().all(1).tolist() == [False, True]
 
 
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("prompts", [None, 3])
-def test_gradcheck(prompts: int | None) -> None:
+def test_gradcheck(prompts: int | None, turned: bool, backend: str) -> None:
     prefix, rows, ids = inputs(prompts, 2, 3, 2)
-    assert torch.autograd.gradcheck(lambda p, r: prefix_concat(p, r, prompt_ids=ids), (prefix, rows))
+    options = {"prompt_ids": ids, "backend": backend, **(rotary(3, 2, width=2) if turned else {})}
+    assert torch.autograd.gradcheck(lambda p, r: prefix_concat(p, r, **options), (prefix, rows))
 
 
 @pytest.mark.parametrize("prompts", [None, 3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("virtual", "length"), [(2, 4), (0, 4), (2, 0)])
-def test_opcheck(prompts: int | None, dtype: torch.dtype, virtual: int, length: int) -> None:
+@pytest.mark.parametrize(("virtual", "length", "width"), [(2, 4, 0), (0, 4, 0), (2, 0, 0), (2, 4, 2)])
+def test_opcheck(prompts: int | None, dtype: torch.dtype, virtual: int, length: int, width: int) -> None:
     prefix, rows, ids = inputs(prompts, virtual, 5, length, dtype)
-    torch.library.opcheck(torch_path._concat, (prefix, rows, ids))
-    of_head = torch.randn(5, 2, virtual + length, 3, dtype=dtype)[:, :, :virtual]
-    torch.library.opcheck(torch_path._sum, (of_head, ids, prompts or 0, torch.float32))
+    tables = tuple(rotary(5, length, width=width, dtype=dtype).values()) if width else (None, None)
+    torch.library.opcheck(operators._dense, (prefix, rows, ids, *tables, False))
+    of_out = torch.randn(5, 2, virtual + length, 3, dtype=dtype)
+    torch.library.opcheck(operators._sum, (of_out[:, :, :virtual], ids, prompts or 0, torch.float32, False))
+    if width:
+        torch.library.opcheck(operators._rotate_back, (of_out[:, :, virtual:], *tables, False))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize("prompts", [None, 3])
-def test_compiles_as_one_graph(compiler: str, prompts: int | None) -> None:
+def test_compiles_as_one_graph(compiler: str, turned: bool, prompts: int | None) -> None:
     torch.compiler.reset()
     prefix, rows, ids = inputs(prompts, 2, 4, 3, torch.float32)
+    options = {"prompt_ids": ids, **(rotary(3, width=2, dtype=torch.float32) if turned else {})}
     compiled = torch.compile(prefix_concat, fullgraph=True, backend=compiler)
-    torch.testing.assert_close(
-        run(compiled, prefix, rows, prompt_ids=ids), run(prefix_concat, prefix, rows, prompt_ids=ids)
-    )
+    torch.testing.assert_close(run(compiled, prefix, rows, **options), run(prefix_concat, prefix, rows, **options))
 
 
 def test_strides_do_not_matter_and_nothing_is_shared() -> None:
@@ -170,7 +226,7 @@ def test_gradients_accumulate_apart() -> None:
 
 def test_prefix_is_not_summed_unless_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     prefix, rows, _ = inputs(None, 2, 4, 5)
-    monkeypatch.setattr(torch_path, "_sum", lambda *args: pytest.fail("summed"))
+    monkeypatch.setattr(torch_path, "sum_rows", lambda *args: pytest.fail("summed"))
     prefix_concat(prefix.detach(), rows).sum().backward()
     with pytest.raises(pytest.fail.Exception, match="summed"):
         prefix_concat(prefix, rows).sum().backward()
@@ -194,15 +250,87 @@ def test_keeps_nothing_but_the_ids() -> None:
 
 @pytest.mark.parametrize("prompts", [None, 3])
 def test_same_bits_every_time(prompts: int | None) -> None:
-    prefix, rows, ids = inputs(prompts, 64, 48, 32, torch.float32, heads=8)
-    first = run(prefix_concat, prefix, rows, prompt_ids=ids)
+    prefix, rows, ids = wide(64, 48, 32, torch.float32, prompts, heads=8)
+    options = {"prompt_ids": ids, **rotary(32, width=6, dtype=torch.float32)}
+    first = run(prefix_concat, prefix, rows, **options)
     for _ in range(20):
-        again = run(prefix_concat, prefix, rows, prompt_ids=ids)
+        again = run(prefix_concat, prefix, rows, **options)
         assert all(torch.equal(x, y) for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width", [2, 6, 16])
+@pytest.mark.parametrize("length", [0, 1, 17, 64])
+@pytest.mark.parametrize("virtual", [0, 1, 7, 100])
+def test_rotation(virtual: int, length: int, width: int, dtype: torch.dtype) -> None:
+    """Against float64, at most 1.5 times (gradients 3 times) as far off as the specification in the same dtype."""
+    prefix, rows, ids = wide(virtual, 4, length, dtype, prompts=3 if length == 17 else None)
+    options = {"prompt_ids": ids, **rotary(*(() if length == 17 else (4,)), length, width=width, dtype=dtype)}
+    with poisoned():
+        got = run(prefix_concat, prefix, rows, **options, backend="torch")
+    stock = run(prefix_concat_reference, prefix, rows, **options)
+    exact = run(prefix_concat_reference, prefix.double(), rows.double(), **widened(options))
+    for name, factor, *tensors in zip(("out", "prefix", "rows"), (1.5, 3.0, 3.0), got, stock, exact, strict=True):
+        check_error(*tensors, factor, name)
+    assert torch.equal(got[0][:, :, :virtual], stock[0][:, :, :virtual])
+    assert torch.equal(got[0][..., width:], stock[0][..., width:])
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+def test_rotation_is_that_of_transformers(backend: str) -> None:
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    prefix, rows, _ = wide(5, 3, 7, torch.float64)
+    angle = torch.outer(torch.arange(5, 12).double(), 10000.0 ** -(torch.arange(8) / 8).double()).repeat(1, 2)
+    cos, sin = angle.cos().expand(3, -1, -1), angle.sin().expand(3, -1, -1)  # as its rotary module returns them
+    expected, _ = apply_rotary_pos_emb(rows, rows, cos, sin)
+    out = prefix_concat(prefix, rows, cos=cos, sin=sin, backend=backend)
+    torch.testing.assert_close(out[:, :, 5:], expected, rtol=1e-13, atol=1e-13)
+    assert torch.equal(out[1, :, :5], prefix.transpose(0, 1))
+
+
+def test_rotation_is_rounded_once() -> None:
+    """In bfloat16 the result is that of float32 to half a unit in the last place; transformers rounds four times."""
+    prefix, rows, _ = wide(1, 8, 64, torch.bfloat16)
+    tables = rotary(64, width=16, dtype=torch.float32)
+    out = prefix_concat(prefix, rows, **tables)[:, :, 1:]
+    once = prefix_concat(prefix.double(), rows.double(), **widened(tables))[:, :, 1:]
+    assert ((out.double() - once).abs() <= once.abs() * torch.finfo(torch.bfloat16).eps / 2 * 1.001 + 1e-6).all()
+
+
+def test_prefix_gradient_is_the_sum_of_single_rows() -> None:
+    prefix, rows, ids = wide(7, 5, 3, torch.float64, prompts=3)
+    assert ids is not None
+    tables = rotary(5, 3, width=6)
+    of_out = noise(5, 2, 10, 16)
+
+    def gradient(chosen: slice) -> torch.Tensor:
+        leaf = prefix.detach().requires_grad_()
+        own = {name: x[chosen] for name, x in tables.items()}
+        out = prefix_concat(leaf, rows[chosen], prompt_ids=ids[chosen], **own)
+        return torch.autograd.grad(out, leaf, of_out[chosen])[0]
+
+    parts = sum((gradient(slice(b, b + 1)) for b in range(5)), torch.zeros_like(prefix))
+    torch.testing.assert_close(gradient(slice(None)), parts, rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_sums_by_prompt_on_a_cpu(prompts: int, dtype: torch.dtype) -> None:
+    of_head = noise(32, 2, 9, 16, dtype=dtype)[:, :, :7]
+    ids = torch.arange(32) * 5 % prompts
+    with poisoned():
+        got = torch_path.sum_rows(of_head, ids, prompts, dtype)
+    exact = torch.stack([of_head[ids == prompt].double().sum(0).transpose(0, 1) for prompt in range(prompts)])
+    assert got.is_contiguous()
+    check_error(got, exact.to(dtype), exact, 1.5)
+    if prompts == 32:  # one reader each: nothing is added, so nothing is rounded
+        assert torch.equal(got.double(), exact)
 
 
 P1, PN, R = torch.zeros(2, 4, 3), torch.zeros(5, 2, 4, 3), torch.zeros(6, 4, 7, 3)
 IDS = torch.zeros(6, dtype=torch.int64)
+ANGLES = torch.zeros(7, 2)
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"rows": R[0]}, r"rows of shape \[B, H_kv, T, D\], got \[4, 7, 3\]"),
     ({"prefix": P1[0]}, r"prefix of shape \[P, H_kv, D\], got \[4, 3\]"),
@@ -219,6 +347,17 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"prefix": PN, "prompt_ids": IDS.to("meta")}, "prompt_ids on rows' device cpu, got meta"),
     ({"prefix": PN, "prompt_ids": IDS - 1}, r"prompt_ids in \[0, 5\), got -1 at row 0"),
     ({"prefix": PN, "prompt_ids": IDS + 5}, r"prompt_ids in \[0, 5\), got 5 at row 0"),
+    ({"cos": ANGLES}, "expected both cos and sin or neither, got cos alone"),
+    ({"sin": ANGLES}, "expected both cos and sin or neither, got sin alone"),
+    (
+        {"cos": ANGLES[:6], "sin": ANGLES[:6]},
+        r"shape \[T, D_rot\] or \[B, T, D_rot\] for rows \[6, 4, 7, 3\], got \[6, 2\]",
+    ),
+    ({"cos": ANGLES, "sin": ANGLES[None]}, r"cos and sin of one shape .*, got \[7, 2\] and \[1, 7, 2\]"),
+    ({"cos": ANGLES.int(), "sin": ANGLES}, "cos in float64, .*, got torch.int32"),
+    ({"cos": ANGLES, "sin": ANGLES.to("meta")}, "sin on rows' device cpu, got meta"),
+    ({"cos": ANGLES[:, :1], "sin": ANGLES[:, :1]}, "an even D_rot from 2 to D = 3, got 1"),
+    ({"cos": ANGLES.repeat(1, 2), "sin": ANGLES.repeat(1, 2)}, "an even D_rot from 2 to D = 3, got 4"),
     ({"backend": "fast"}, "expected a backend of 'reference', 'torch', 'triton', got 'fast'"),
 ]
 
