@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptengine.kernels.launch import DTYPES, INTERPRETED
-from ptengine.kernels.prefix_concat import operators, prefix_concat, prefix_concat_reference, tiles
+from ptengine.kernels.prefix_concat import operators, prefix_concat, prefix_concat_reference
 
 from .prefix_attention_cases import check_error, noise
 from .test_prefix_concat import DEVICE, on_device, options_for, poisoned, run, wide, widened
