@@ -48,12 +48,12 @@ def prepare_kernel(
     elif i_program < num_tiles + rows:
         i_row = i_program - num_tiles
         if DENSE:
-            start = i_row * q_len
+            start = i_row.to(tl.int64) * q_len
             length = q_len
         else:
-            start = tl.load(bounds_ptr + i_row).to(tl.int32)
-            length = tl.load(bounds_ptr + i_row + 1).to(tl.int32) - start
-        to = start * 0
+            start = tl.load(bounds_ptr + i_row).to(tl.int64)
+            length = (tl.load(bounds_ptr + i_row + 1).to(tl.int64) - start).to(tl.int32)
+        to = i_row * 0
         group = i_row * 0
         if ORDERED:
             group = tl.load(prompts_ptr + i_row).to(tl.int32)
@@ -63,7 +63,7 @@ def prepare_kernel(
             if PLACED:
                 tl.store(place_ptr + start + i_t, i_t, mask=i_t < length)
             if ORDERED:
-                tl.store(order_ptr + to + i_t, start + i_t, mask=i_t < length)
+                tl.store(order_ptr + to + i_t, (start + i_t).to(tl.int32), mask=i_t < length)
     elif ORDERED:
         i_group = i_program - num_tiles - rows
         before = _readers_before(i_group, 0, bounds_ptr, prompts_ptr, rows, q_len, BLOCK_R, DENSE)

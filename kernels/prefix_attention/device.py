@@ -104,7 +104,7 @@ def bend(qk, own_q, own_k, heads, slopes_ptr, bias_ptr, scale, softcap, reach, S
             scores -= tl.load(slopes_ptr + heads).to(tl.float32) * tl.abs(own_q - own_k)
         if bias_ptr is not None:
             o_bias = tl.minimum(tl.maximum(own_k - own_q, -reach), reach) + reach
-            scores += tl.load(bias_ptr + heads * (2 * reach + 1) + o_bias).to(tl.float32)
+            scores += tl.load(bias_ptr + heads.to(tl.int64) * (2 * reach + 1) + o_bias).to(tl.float32)
         scores = scores * LOG2E
     return scores, slope
 

@@ -83,10 +83,15 @@ _BACKWARD: dict[tuple[str, int, int], Backward] = {
     ("sm_80", 32, 64): Backward(32, 32, 16, 32, 16, 32, 4, 1),
     ("sm_80", 32, 128): Backward(32, 16, 16, 32, 16, 32, 8, 1),
     ("sm_80", 32, 256): Backward(16, 16, 16, 16, 16, 16, 8, 1),
+    ("sm_90", 32, 64): Backward(32, 16, 16, 32, 16, 32, 8, 1),
     ("sm_90", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
     ("sm_90", 16, 128): Backward(128, 64, 32, 128, 32, 128, 8, 2),
     ("sm_90", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 2, swapped=True),
     ("sm_100", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 1, swapped=True),
+}
+# Where scores are bent or masked beyond causality, or heads fill their block only in part, more registers are taken.
+_BENT_BACKWARD: dict[tuple[str, int, int], Backward] = {
+    ("sm_90", 16, 128): Backward(64, 32, 32, 64, 32, 64, 8, 2),
 }
 # The interpreter's time is in the number of blocks; small ones so that short tests see several.
 _INTERPRETED_FORWARD = {
@@ -102,11 +107,12 @@ def forward_tile(architecture: str, bits: int, dim: int, regime: str) -> Forward
     return _FORWARD[_key(_FORWARD, architecture, bits, dim)][regime]
 
 
-def backward_tile(architecture: str, bits: int, dim: int) -> Backward:
-    """The backward tiles, arguments as in `forward_tile`."""
+def backward_tile(architecture: str, bits: int, dim: int, plain: bool) -> Backward:
+    """The backward tiles, arguments as in `forward_tile`; `plain` means no window, bias or cap, and heads of `dim`."""
     if architecture == "interpreter":
         return _INTERPRETED_BACKWARD
-    return _BACKWARD[_key(_BACKWARD, architecture, bits, dim)]
+    key = _key(_BACKWARD, architecture, bits, dim)
+    return _BACKWARD[key] if plain else _BENT_BACKWARD.get(key, _BACKWARD[key])
 
 
 def architectures() -> set[str]:

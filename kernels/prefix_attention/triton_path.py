@@ -138,7 +138,9 @@ def backward(
     prompts = 0 if prefix_k is None else prefix_k.shape[0]
     window = _window(rules, layout, prefix_len)
     width, width_v = _width(dim), _width(dim_v)
-    tile = backward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v))
+    plain = window is None and rules.softcap is None and (dim, dim_v) == (width, width_v)
+    plain = plain and _biases(rules) == (None, None)
+    tile = backward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), plain)
 
     ordered = layout.prompts is not None and mode != device.NO_PREFIX
     placed = mode != device.NO_PREFIX and (window is not None or _biases(rules) != (None, None))
