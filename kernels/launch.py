@@ -65,10 +65,12 @@ def multiprocessors(device: torch.device) -> int:
 def nearest_architecture(architecture: str, known: Collection[str]) -> str:
     """The entry of a tile table that `architecture` takes: its own, else the newest that is not newer, else the oldest.
 
-    One that is not NVIDIA's takes the oldest of NVIDIA's, whose tiles are the smallest.
+    One that is not NVIDIA's takes another of AMD's, or the oldest of NVIDIA's, whose tiles are the smallest.
     """
     if architecture in known:
         return architecture
+    if not architecture.startswith("sm_") and any(name.startswith("gfx") for name in known):
+        return min(name for name in known if name.startswith("gfx"))
     names = sorted((name for name in known if name.startswith("sm_")), key=_generation)
     older = [name for name in names if _generation(name) <= _generation(architecture)]
     return older[-1] if older else names[0]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from ptengine.kernels import launch
 from ptengine.kernels.dispatch import implementation, register, resolve_backend
 from ptengine.kernels.linear_cross_entropy.checks import check_arguments
+from ptengine.kernels.linear_cross_entropy.operators import reduced
 from ptengine.kernels.linear_cross_entropy.reference import linear_cross_entropy_reference
-from ptengine.kernels.linear_cross_entropy.torch_path import linear_cross_entropy_torch
 
 OP = "linear_cross_entropy"
 register(OP, "reference", linear_cross_entropy_reference)
-register(OP, "torch", linear_cross_entropy_torch)
+register(OP, "torch", partial(reduced, triton=False))
+launch.register_kernel(OP, partial(reduced, triton=True))
 
 
 def linear_cross_entropy(
@@ -56,21 +60,32 @@ def linear_cross_entropy(
         label leaves an accumulated gradient as it is; a caller who needs a label counts them. A row whose logits are
         all -inf, or hold a NaN or +inf, gives NaN.
 
-    Dtypes: hidden, weight and bias may differ among the 32- and 16-bit dtypes; float64 goes with float64 only. Softmax
-    and sums are in the result's dtype. Matrix products are too on a CPU; elsewhere they are in the narrower of hidden's
-    and weight's dtype. torch.autocast changes nothing.
+    Dtypes: hidden, weight and bias may differ among the 32- and 16-bit dtypes; float64 goes with float64 only, and not
+    with "triton". Softmax and sums are in the result's dtype. On CUDA, and with "triton" anywhere, the operands of the
+    matrix products, the softmax's weights among them, are in the narrower of hidden's and weight's dtype, but what the
+    products give is not rounded to it. Elsewhere the operands are in the result's dtype too. torch.autocast changes
+    nothing.
 
-    Memory: the "torch" backend computes hidden's gradient in the forward pass, when it needs one, and keeps it: [n, d]
-    in the result's dtype. Its workspace is about 32 MiB of logits, whatever n and V are. Differentiating twice is an
-    error. It is deterministic: the same call gives the same bits.
+    Memory: hidden's gradient is computed in the forward pass, where one is needed, and kept: [n, d] in the result's
+    dtype. The workspace does not grow with n or V. With "torch" it is about 32 MiB of logits. With "triton" it is at
+    most 64 MiB of logits, of weights and, where the head has another dtype than the operands or strides that a matrix
+    product does not take, of its copy (but one block of at most 8192 words at least); all words are one chunk if they
+    fit. Label smoothing adds [2048, d] in float32, with a softcap twice that.
+
+    The "torch" and "triton" backends are deterministic: the same call gives the same bits. Differentiating twice is an
+    error. "triton" can be captured in a CUDA graph; nothing in it waits for the device.
 
     Raises:
         ValueError: a shape, dtype, device or scalar that is not as above; a weight or bias that requires grad while
-            grad is enabled; a label out of range. Labels are looked at on a CPU only, since looking would make the host
-            wait for the device: elsewhere a label out of range gives NaN with "torch".
+            grad is enabled; a backend that cannot take the call; a label out of range. Labels are looked at on a CPU
+            only, since looking would make the host wait for the device: elsewhere a label out of range gives NaN with
+            "torch" and "triton", with "triton" as that row's gradient too.
     """
     check_arguments(hidden, weight, labels, bias, softcap, label_smoothing, z_loss, reduction)
-    run = implementation(OP, resolve_backend(backend, hidden.device, OP))
+    resolved = resolve_backend(
+        backend, hidden.device, OP, dtype=hidden.dtype, no_kernel_because=_no_kernel_because(weight, bias)
+    )
+    run = implementation(OP, resolved)
     return run(
         hidden,
         weight,
@@ -82,3 +97,13 @@ def linear_cross_entropy(
         ignore_index=ignore_index,
         reduction=reduction,
     )
+
+
+def _no_kernel_because(weight: torch.Tensor, bias: torch.Tensor | None) -> str | None:
+    """The dispatcher looks at hidden's dtype; the frozen tensors may have others."""
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in launch.DTYPES:
+            taken = ", ".join(str(dtype).removeprefix("torch.") for dtype in launch.DTYPES)
+            got = str(tensor.dtype).removeprefix("torch.")
+            return f"the triton implementation of {OP} takes a {name} in {taken} here, not in {got}"
+    return None

@@ -49,7 +49,7 @@ def test_empty_environment_counts_as_unset(monkeypatch: pytest.MonkeyPatch) -> N
     assert resolve_backend(None, CPU, "plain") == "torch"
 
 
-@pytest.mark.parametrize("op", [linear_cross_entropy.__name__, prefix_concat.__name__, "plain"])
+@pytest.mark.parametrize("op", ["plain"])
 @pytest.mark.parametrize("device", [CPU, CUDA])
 def test_triton_without_a_kernel_is_refused(op: str, device: torch.device) -> None:
     with pytest.raises(ValueError, match=f"no Triton kernel is registered for {op}; expected one of 'reference', 'tor"):
@@ -102,7 +102,8 @@ def test_explain_says_path_and_reason(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_environment_reaches_the_operations(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(dispatch.ENVIRONMENT, "triton")
-    with pytest.raises(ValueError, match="no Triton kernel is registered for linear_cross_entropy"):
-        linear_cross_entropy(torch.zeros(1, 2), torch.zeros(3, 2), torch.zeros(1, dtype=torch.int64))
-    with pytest.raises(ValueError, match="no Triton kernel is registered for prefix_concat"):
-        prefix_concat(torch.zeros(1, 1, 2), torch.zeros(1, 1, 1, 2))
+    doubles = torch.zeros(1, 2).double(), torch.zeros(3, 2).double()  # which no kernel takes, on no device
+    with pytest.raises(ValueError, match=r"PTENGINE_BACKEND=triton: .* linear_cross_entropy .*, got 'triton'"):
+        linear_cross_entropy(*doubles, torch.zeros(1, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"PTENGINE_BACKEND=triton: .* prefix_concat .*, got 'triton'"):
+        prefix_concat(torch.zeros(1, 1, 2), torch.zeros(1, 1, 1, 2, dtype=torch.float64))

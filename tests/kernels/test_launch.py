@@ -24,13 +24,17 @@ KNOWN = {"sm_80", "sm_90", "sm_100", "gfx942", "interpreter"}
         ("sm_121", "sm_100"),
         ("sm_75", "sm_80"),
         ("gfx942", "gfx942"),
-        ("gfx1100", "sm_80"),
+        ("gfx1100", "gfx942"),
         ("interpreter", "interpreter"),
     ],
 )
 def test_unknown_architectures_take_the_nearest_entry(asked: str, taken: str) -> None:
     """Compared as numbers: as text sm_100 would be older than sm_80. The interpreter's tiles are nobody else's."""
     assert nearest_architecture(asked, KNOWN) == taken
+
+
+def test_a_table_without_amd_gives_its_smallest_tiles() -> None:
+    assert nearest_architecture("gfx942", {"sm_90", "sm_80", "interpreter"}) == "sm_80"
 
 
 def test_every_table_serves_every_machine() -> None:
