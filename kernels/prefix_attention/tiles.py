@@ -48,7 +48,7 @@ _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
         "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 2), "long": Forward(128, 64, 8, 3),
     },
     ("sm_80", 16, 128): {
-        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 64, 8, 2), "long": Forward(64, 64, 8, 2),
+        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 32, 8, 2), "long": Forward(64, 64, 8, 2),
     },
     ("sm_80", 16, 256): {
         "decode": Forward(16, 32, 4, 2), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
@@ -72,7 +72,13 @@ _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
         "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
     },
     ("sm_90", 32, 64): {
-        "decode": Forward(16, 16, 4, 1), "short": Forward(32, 16, 4, 1), "long": Forward(32, 16, 4, 1),
+        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 2), "long": Forward(32, 16, 4, 1),
+    },
+    ("sm_90", 32, 128): {
+        "decode": Forward(16, 16, 4, 1), "short": Forward(32, 16, 8, 1), "long": Forward(32, 16, 8, 1),
+    },
+    ("sm_100", 32, 128): {
+        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 2), "long": Forward(16, 16, 4, 2),
     },
 }  # fmt: skip
 
@@ -116,8 +122,8 @@ def backward_tile(architecture: str, bits: int, dim: int, plain: bool) -> Backwa
 
 
 def architectures() -> set[str]:
-    """Those with entries of their own."""
-    return {known for known, _, _ in _FORWARD}
+    """Those with entries of their own for half-precision elements."""
+    return {known for known, bits, _ in _FORWARD if bits == 16}
 
 
 def _key(table: Mapping[tuple[str, int, int], object], architecture: str, bits: int, dim: int) -> tuple[str, int, int]:

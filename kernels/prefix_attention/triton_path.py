@@ -24,6 +24,7 @@ __all__ = ["Layout", "backward", "forward"]
 
 _DECODE_QUERIES = 16  # packed queries of a row, at most, for its keys to be split among programs
 _MAX_SPLITS = 64
+_PREPARE_ELEMENTS = 2048  # of the result and of its gradient that one program multiplies
 _PREPARE_ROWS = 128  # rows looked at together when lengths are summed
 _REDUCE_ROWS = 16  # keys whose partial gradients one program sums
 
@@ -149,12 +150,13 @@ def backward(
     order = q.new_empty(total, dtype=torch.int32) if ordered else None
     offsets = q.new_empty(groups + 1, dtype=torch.int32) if ordered else None
     place = q.new_empty(total, dtype=torch.int32) if placed else None
-    delta_tiles = triton.cdiv(total * heads, 64)
+    pairs = _PREPARE_ELEMENTS // width_v
+    delta_tiles = triton.cdiv(total * heads, pairs)
     row_programs = layout.rows if ordered or placed else 0
     prepare_kernel[(delta_tiles + row_programs + (groups + 1 if ordered else 0),)](
         grad, out, lse, base, delta, layout.bounds, layout.prompts, order, offsets, place,
         grad.stride(0), grad.stride(1), total, row_programs, groups, layout.q_len, delta_tiles,
-        heads, dim_v, width_v, 64, _PREPARE_ROWS, layout.dense, ordered, placed,
+        heads, dim_v, width_v, pairs, _PREPARE_ROWS, layout.dense, ordered, placed,
         num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
 

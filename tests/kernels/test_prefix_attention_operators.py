@@ -92,6 +92,9 @@ def turned(x: Tensor) -> Tensor:
     return x.transpose(0, 1).contiguous().transpose(0, 1)
 
 
+# What follows the rules: the longest row of packed calls, no kernel, deterministic.
+PACKED_HOW, DENSE_HOW = (max(LENGTHS), False, True), (False, True)
+
 # Layout, dtype and option: opcheck is slow, so each case runs with two sets that share nothing.
 SETS = [(torch.clone, torch.float32, "causal"), (turned, torch.bfloat16, "everything")]
 
@@ -107,12 +110,12 @@ def test_opcheck_packed(case: str, layout: Callable[[Tensor], Tensor], dtype: to
     tensors += [None, None] if shape is None else []
     common = (cumulative(LENGTHS), *indices)
     inputs = [None if x is None else x.detach().requires_grad_() for x in tensors]
-    passes(OPS.prefix_attention_varlen.default, (*inputs, *common, *rules(option)))
-    out, lse = OPS.prefix_attention_varlen(*tensors, *common, *rules(option))
+    passes(OPS.prefix_attention_varlen.default, (*inputs, *common, *rules(option), *PACKED_HOW))
+    out, lse = OPS.prefix_attention_varlen(*tensors, *common, *rules(option), *PACKED_HOW)
     for rows_need_grad in (True, False):
         passes(
             OPS.prefix_attention_varlen_backward.default,
-            (torch.ones_like(out), *tensors, out, lse, *common, *rules(option), rows_need_grad),
+            (torch.ones_like(out), *tensors, out, lse, *common, *rules(option), *PACKED_HOW, rows_need_grad),
         )
 
 
@@ -125,12 +128,12 @@ def test_opcheck_dense(case: str, layout: Callable[[Tensor], Tensor], dtype: tor
         pk, pv = pk[None], pv[None]
     tensors = [q.transpose(1, 2), *(layout(x) for x in (k, v, pk, pv))]  # queries are token-major inside
     inputs = [x.detach().requires_grad_() for x in tensors]
-    passes(OPS.prefix_attention.default, (*inputs, *indices, *rules(option)))
-    out, lse = OPS.prefix_attention(*tensors, *indices, *rules(option))
+    passes(OPS.prefix_attention.default, (*inputs, *indices, *rules(option), *DENSE_HOW))
+    out, lse = OPS.prefix_attention(*tensors, *indices, *rules(option), *DENSE_HOW)
     for rows_need_grad in (True, False):
         passes(
             OPS.prefix_attention_backward.default,
-            (torch.ones_like(out), *tensors, out, lse, *indices, *rules(option), rows_need_grad),
+            (torch.ones_like(out), *tensors, out, lse, *indices, *rules(option), *DENSE_HOW, rows_need_grad),
         )
 
 
