@@ -84,8 +84,10 @@ def prefix_attention_varlen(
         alibi_slopes: [H]; adds ``-slope * |position of q - position of k|`` to a score. Treated as a constant.
         relative_bias: [H, 2 R + 1]; adds ``relative_bias[h, clamp(position of k - position of q, -R, R) + R]``, which
             represents T5's buckets exactly for R at least T5's maximal distance. Treated as a constant.
-        deterministic: gradients are bitwise repeatable. The PyTorch implementations always are.
-        backend: "reference", "torch" or "triton"; None chooses by device, see `ptengine.kernels.dispatch`.
+        deterministic: gradients are bitwise repeatable. False lets the Triton kernels add up the parts of a prefix's
+            gradient in any order; the PyTorch implementations are always deterministic.
+        backend: "reference", "torch" or "triton"; None chooses by device, see `ptengine.kernels.dispatch`. The Triton
+            kernels take fp16, bf16 and fp32 (whose products are exact, never tf32) and heads of up to 256.
         return_lse: also return the log-sum-exp of every query's scores.
 
     Returns:
