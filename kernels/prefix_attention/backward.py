@@ -12,6 +12,7 @@ import triton.language as tl
 
 from ptengine.kernels.prefix_attention.backward_prefix import prefix_part
 from ptengine.kernels.prefix_attention.device import PREFIX_IN_ROWS, bend, prefix_span, row_span, visible
+from ptengine.kernels.prefix_attention.key_blocks import key_bounds, load_keys
 from ptengine.kernels.prefix_attention.key_step import accumulators, key_step
 
 __all__ = ["backward_kernel"]
@@ -40,7 +41,7 @@ def backward_kernel(
         prefix_part(
             i_program, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, grad_ptr, base_ptr, delta_ptr,
             dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, part_k_ptr, part_v_ptr,
-            bounds_ptr, ends_ptr, lengths_ptr, order_ptr, offsets_ptr, place_ptr, slopes_ptr, bias_ptr,
+            bounds_ptr, lengths_ptr, order_ptr, offsets_ptr, place_ptr, slopes_ptr, bias_ptr,
             stride_q_b, stride_q_t, stride_q_h, stride_pk_n, stride_pk_t, stride_pk_h,
             stride_pv_n, stride_pv_t, stride_pv_h, stride_g_t, stride_g_h, stride_dk_t, stride_dk_h,
             stride_dv_t, stride_dv_h, scale, softcap, window, reach, total, rows, prompts, q_len, k_len, prefix_len,
@@ -186,32 +187,22 @@ def _query_part(
         p_v = v_ptr + row * stride_v_b + start_k * stride_v_t + head_kv * stride_v_h
         p_pk = prefix_k_ptr + o_prompt * stride_pk_n + o_token * stride_pk_t + head_kv * stride_pk_h
         p_pv = prefix_v_ptr + o_prompt * stride_pv_n + o_token * stride_pv_t + head_kv * stride_pv_h
-        own_first = tl.maximum(i_tile * BLOCK_M // GROUP + shift, 0)
-        own_last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1) + shift
-        own_end = tl.minimum(own_last + 1, num_keys) if CAUSAL else num_keys
-        own_begin = 0
-        prefix_begin = 0
-        if WINDOW:
-            own_begin = tl.maximum(own_first - window + 1, 0) // BLOCK_N
-            own_end = tl.minimum(own_end, own_last + window)
-            if WINDOW_ON_PREFIX:
-                prefix_begin = tl.maximum(num_prefix + own_first - window + 1, 0) // BLOCK_N
-        prefix_blocks = tl.maximum(tl.cdiv(num_prefix, BLOCK_N) - prefix_begin, 0)
+        last_t = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
+        prefix_begin, prefix_end, own_begin, own_end, _ = key_bounds(
+            i_tile * BLOCK_M // GROUP, last_t, shift, num_keys, num_prefix, window,
+            BLOCK_N, CAUSAL, WINDOW, WINDOW_ON_PREFIX,
+        )  # fmt: skip
+        prefix_blocks = tl.maximum(tl.cdiv(prefix_end, BLOCK_N) - prefix_begin, 0)
         own_blocks = tl.maximum(tl.cdiv(own_end, BLOCK_N) - own_begin, 0)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for i_block in range(prefix_blocks + own_blocks):
             is_prefix = i_block < prefix_blocks
-            i_n = tl.where(is_prefix, prefix_begin + i_block, own_begin + i_block - prefix_blocks) * BLOCK_N
-            i_n = i_n + tl.arange(0, BLOCK_N)  # [N]
-            base_k = tl.where(is_prefix, p_pk, p_k)
-            base_v = tl.where(is_prefix, p_pv, p_v)
-            o_k = i_n.to(tl.int64) * tl.where(is_prefix, stride_pk_t, stride_k_t)  # [N]
-            o_v = i_n.to(tl.int64) * tl.where(is_prefix, stride_pv_t, stride_v_t)  # [N]
-            m_n = i_n < tl.where(is_prefix, num_prefix, num_keys)
-            b_k = tl.load(base_k + o_k[:, None] + i_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)  # [N, D]
-            b_v = tl.load(base_v + o_v[:, None] + i_dv[None, :], mask=m_n[:, None] & m_dv[None, :], other=0.0)  # [N,DV]
+            b_k, b_v, own_k, m_n = load_keys(
+                tl.where(is_prefix, prefix_begin + i_block, own_begin + i_block - prefix_blocks), is_prefix,
+                p_k, p_v, p_pk, p_pv, stride_k_t, stride_v_t, stride_pk_t, stride_pv_t, num_keys, num_prefix,
+                i_d, i_dv, m_d, m_dv, BLOCK_N, True,
+            )  # fmt: skip
             qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
-            own_k = i_n - tl.where(is_prefix, num_prefix, 0)
             scores, slope = bend(
                 qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr,
                 scale, softcap, reach, SOFTCAP,

@@ -80,14 +80,16 @@ def _readers_before(
         i_other = i_first + tl.arange(0, BLOCK_R)  # [R]
         m_other = i_other < rows
         other = tl.load(prompts_ptr + i_other, mask=m_other, other=-1).to(tl.int32)  # [R]
-        if DENSE:
-            lengths = tl.zeros([BLOCK_R], tl.int32) + q_len
-        else:
-            lengths = tl.load(bounds_ptr + i_other + 1, mask=m_other, other=0).to(tl.int32)
-            lengths -= tl.load(bounds_ptr + i_other, mask=m_other, other=0).to(tl.int32)
+        lengths = tl.zeros([BLOCK_R], tl.int32) + q_len if DENSE else _differences(bounds_ptr, i_other, m_other)
         earlier = (other < group) | ((other == group) & (i_other < i_row))
         count += tl.where(earlier & m_other, lengths, 0)
     return tl.sum(count, 0)
+
+
+@triton.jit
+def _differences(sums_ptr, i, m):
+    """From one running sum to the next, int32; 0 where not `m`."""
+    return (tl.load(sums_ptr + i + 1, mask=m, other=0) - tl.load(sums_ptr + i, mask=m, other=0)).to(tl.int32)
 
 
 @triton.jit
@@ -110,9 +112,8 @@ def _blocks_of_rows(i_first, bounds_ptr, offsets_ptr, rows, BLOCK: tl.constexpr,
     """Blocks of each of the rows from `i_first` on that others read, 0 for rows that none reads; int32 [R]."""
     i_row = i_first + tl.arange(0, BLOCK_R)  # [R]
     m_row = i_row < rows
-    length = tl.load(bounds_ptr + i_row + 1, mask=m_row, other=0).to(tl.int32)
-    length -= tl.load(bounds_ptr + i_row, mask=m_row, other=0).to(tl.int32)
-    readers = tl.load(offsets_ptr + i_row + 1, mask=m_row, other=0) - tl.load(offsets_ptr + i_row, mask=m_row, other=0)
+    length = _differences(bounds_ptr, i_row, m_row)
+    readers = _differences(offsets_ptr, i_row, m_row)
     return tl.where(readers > 0, tl.cdiv(length, BLOCK), 0)
 
 
@@ -150,7 +151,7 @@ def _splits(blocks, wanted, HEADS_KV: tl.constexpr):
 def prefix_part(
     i_program, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, grad_ptr, base_ptr, delta_ptr,
     dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, part_k_ptr, part_v_ptr,
-    bounds_ptr, ends_ptr, lengths_ptr, order_ptr, offsets_ptr, place_ptr, slopes_ptr, bias_ptr,
+    bounds_ptr, lengths_ptr, order_ptr, offsets_ptr, place_ptr, slopes_ptr, bias_ptr,
     stride_q_b, stride_q_t, stride_q_h, stride_pk_n, stride_pk_t, stride_pk_h,
     stride_pv_n, stride_pv_t, stride_pv_h, stride_g_t, stride_g_h, stride_dk_t, stride_dk_h,
     stride_dv_t, stride_dv_h, scale, softcap, window, reach, total, rows, prompts, q_len, k_len, prefix_len,

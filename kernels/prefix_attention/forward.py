@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ptengine.kernels.prefix_attention.device import LN2, LOG2E, bend, prefix_span, row_span, visible
+from ptengine.kernels.prefix_attention.key_blocks import key_bounds, load_keys
 
 __all__ = ["combine_kernel", "forward_kernel"]
 
@@ -59,23 +60,15 @@ def forward_kernel(
     p_pv = prefix_v_ptr + o_prompt * stride_pv_n + o_token * stride_pv_t + head_kv * stride_pv_h
 
     # Blocks of keys in the order in which they are read: whole ones of the prefix, whole ones of the row, then the
-    # masked ones of both. A window masks everything it does not skip.
-    own_first = tl.maximum(i_tile * BLOCK_M // GROUP + shift, 0)
-    own_last = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1) + shift
-    own_end = tl.minimum(own_last + 1, num_keys) if CAUSAL else num_keys
-    own_end = tl.where(own_last < 0, 0, own_end)  # the whole tile is left padding
-    own_begin = 0
-    prefix_begin = 0
-    prefix_end = tl.where((own_last < 0) | (own_first >= num_keys), 0, num_prefix)
-    own_end = tl.where(own_first >= num_keys, 0, own_end)
-    if WINDOW:
-        own_begin = tl.maximum(own_first - window + 1, 0) // BLOCK_N
-        own_end = tl.minimum(own_end, own_last + window)
-        if WINDOW_ON_PREFIX:
-            prefix_begin = tl.maximum(num_prefix + own_first - window + 1, 0) // BLOCK_N
-        whole_prefix = 0
-        whole_own = 0
-    else:
+    # masked ones of both. A window masks everything it does not pass over.
+    last_t = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
+    prefix_begin, prefix_end, own_begin, own_end, own_first = key_bounds(
+        i_tile * BLOCK_M // GROUP, last_t, shift, num_keys, num_prefix, window,
+        BLOCK_N, CAUSAL, WINDOW, WINDOW_ON_PREFIX,
+    )  # fmt: skip
+    whole_prefix = 0
+    whole_own = 0
+    if not WINDOW:
         whole_prefix = prefix_end // BLOCK_N
         whole_own = (tl.minimum(own_first + 1, own_end) if CAUSAL else own_end) // BLOCK_N
         own_begin = whole_own
@@ -98,50 +91,27 @@ def forward_kernel(
 
     for i_block in range(first, tl.minimum(last, whole)):
         is_prefix = i_block < whole_prefix
-        i_n = (i_block - tl.where(is_prefix, 0, whole_prefix)) * BLOCK_N + tl.arange(0, BLOCK_N)  # [N]
-        base_k = tl.where(is_prefix, p_pk, p_k)
-        base_v = tl.where(is_prefix, p_pv, p_v)
-        o_k = i_n.to(tl.int64) * tl.where(is_prefix, stride_pk_t, stride_k_t)  # [N]
-        o_v = i_n.to(tl.int64) * tl.where(is_prefix, stride_pv_t, stride_v_t)  # [N]
-        b_k = tl.load(base_k + o_k[:, None] + i_d[None, :], mask=m_d[None, :], other=0.0)  # [N, D]
-        b_v = tl.load(base_v + o_v[:, None] + i_dv[None, :], mask=m_dv[None, :], other=0.0)  # [N, DV]
-        qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
-        own_k = i_n - tl.where(is_prefix, num_prefix, 0)
-        scores, _ = bend(
-            qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP
-        )
-        b_max = tl.maximum(maximum, tl.max(scores, 1))  # [M]
-        p = tl.exp2(scores - b_max[:, None])  # [M, N]
-        alpha = tl.exp2(maximum - b_max)
-        total_p = total_p * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision="ieee")  # [M, N] @ [N, DV]
-        maximum = b_max
+        b_k, b_v, own_k, m_n = load_keys(
+            i_block - tl.where(is_prefix, 0, whole_prefix), is_prefix,
+            p_k, p_v, p_pk, p_pv, stride_k_t, stride_v_t, stride_pk_t, stride_pv_t, num_keys, num_prefix,
+            i_d, i_dv, m_d, m_dv, BLOCK_N, False,
+        )  # fmt: skip
+        acc, maximum, total_p = _attend(
+            acc, maximum, total_p, b_q, b_k, b_v, own_q, own_k, m_n, i_head, slopes_ptr, bias_ptr,
+            scale, softcap, window, reach, CAUSAL, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, False,
+        )  # fmt: skip
 
     for i_block in range(tl.maximum(first, whole) - whole, last - whole):
         is_prefix = i_block < masked_prefix
-        i_n = tl.where(is_prefix, prefix_begin + i_block, own_begin + i_block - masked_prefix) * BLOCK_N
-        i_n = i_n + tl.arange(0, BLOCK_N)  # [N]
-        base_k = tl.where(is_prefix, p_pk, p_k)
-        base_v = tl.where(is_prefix, p_pv, p_v)
-        o_k = i_n.to(tl.int64) * tl.where(is_prefix, stride_pk_t, stride_k_t)  # [N]
-        o_v = i_n.to(tl.int64) * tl.where(is_prefix, stride_pv_t, stride_v_t)  # [N]
-        m_n = i_n < tl.where(is_prefix, num_prefix, num_keys)
-        b_k = tl.load(base_k + o_k[:, None] + i_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)  # [N, D]
-        b_v = tl.load(base_v + o_v[:, None] + i_dv[None, :], mask=m_n[:, None] & m_dv[None, :], other=0.0)  # [N, DV]
-        qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
-        own_k = i_n - tl.where(is_prefix, num_prefix, 0)
-        scores, _ = bend(
-            qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP
-        )
-        seen = visible(own_q[:, None], own_k[None, :], m_n[None, :], window, CAUSAL, WINDOW, WINDOW_ON_PREFIX)
-        scores = tl.where(seen, scores, float("-inf"))
-        b_max = tl.maximum(maximum, tl.max(scores, 1))  # [M]
-        pivot = tl.where(b_max == float("-inf"), 0.0, b_max)  # nothing seen yet: weights of 0, not NaN
-        p = tl.exp2(scores - pivot[:, None])  # [M, N]
-        alpha = tl.exp2(maximum - pivot)
-        total_p = total_p * alpha + tl.sum(p, 1)
-        acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision="ieee")  # [M, N] @ [N, DV]
-        maximum = b_max
+        b_k, b_v, own_k, m_n = load_keys(
+            tl.where(is_prefix, prefix_begin + i_block, own_begin + i_block - masked_prefix), is_prefix,
+            p_k, p_v, p_pk, p_pv, stride_k_t, stride_v_t, stride_pk_t, stride_pv_t, num_keys, num_prefix,
+            i_d, i_dv, m_d, m_dv, BLOCK_N, True,
+        )  # fmt: skip
+        acc, maximum, total_p = _attend(
+            acc, maximum, total_p, b_q, b_k, b_v, own_q, own_k, m_n, i_head, slopes_ptr, bias_ptr,
+            scale, softcap, window, reach, CAUSAL, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, True,
+        )  # fmt: skip
 
     nothing = (total_p == 0.0) | (m_q == 0)
     acc = tl.where(nothing[:, None], 0.0, acc / tl.where(nothing, 1.0, total_p)[:, None])  # [M, DV]
@@ -152,6 +122,32 @@ def forward_kernel(
              mask=m_stored[:, None] & m_dv[None, :])  # fmt: skip
     o_lse = (i_split.to(tl.int64) * (HEADS_KV * GROUP) + i_head) * total + flat + i_t  # [M]
     tl.store(lse_ptr + o_lse, lse, mask=m_stored)
+
+
+@triton.jit
+def _attend(
+    acc, maximum, total_p, b_q, b_k, b_v, own_q, own_k, m_n, i_head, slopes_ptr, bias_ptr,
+    scale, softcap, window, reach,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WINDOW_ON_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take one block of keys into the running softmax: acc [M, DV], its maximum [M] and its sum [M]."""
+    qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
+    scores, _ = bend(
+        qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP
+    )
+    if MASKED:
+        seen = visible(own_q[:, None], own_k[None, :], m_n[None, :], window, CAUSAL, WINDOW, WINDOW_ON_PREFIX)
+        scores = tl.where(seen, scores, float("-inf"))
+    b_max = tl.maximum(maximum, tl.max(scores, 1))  # [M]
+    pivot = b_max
+    if MASKED:
+        pivot = tl.where(b_max == float("-inf"), 0.0, b_max)  # nothing seen yet: weights of 0, not NaN
+    p = tl.exp2(scores - pivot[:, None])  # [M, N]
+    alpha = tl.exp2(maximum - pivot)
+    total_p = total_p * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(b_v.dtype), b_v, acc * alpha[:, None], input_precision="ieee")  # [M, N] @ [N, DV]
+    return acc, b_max, total_p
 
 
 @triton.jit

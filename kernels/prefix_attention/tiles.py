@@ -93,6 +93,7 @@ _BACKWARD: dict[tuple[str, int, int], Backward] = {
     ("sm_90", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
     ("sm_90", 16, 128): Backward(128, 64, 32, 128, 32, 128, 8, 2),
     ("sm_90", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 2, swapped=True),
+    ("sm_100", 32, 64): Backward(32, 16, 16, 32, 16, 32, 4, 1),
     ("sm_100", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 1, swapped=True),
 }
 # Where scores are bent or masked beyond causality, or heads fill their block only in part, more registers are taken.

@@ -69,16 +69,16 @@ def forward(
         return out, lse.fill_(float("-inf"))
     group = heads // heads_kv
     queries = layout.q_len * group
-    widest = max(_width(dim), _width(dim_v))
+    width, width_v = _width(dim), _width(dim_v)
     regime = "decode" if queries <= _DECODE_QUERIES else "short" if queries <= 64 else "long"
-    tile = forward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, widest, regime)
+    tile = forward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), regime)
     num_tiles = triton.cdiv(queries, tile.block_m)
     prefix_len = 0 if prefix_k is None else prefix_k.shape[1]
     splits = 1
     if regime == "decode":
         blocks = triton.cdiv(prefix_len, tile.block_n) + triton.cdiv(layout.k_len, tile.block_n)
         wanted = triton.cdiv(2 * launch.multiprocessors(q.device), layout.rows * heads_kv)
-        splits = max(1, min(_power_of_two(wanted), _power_of_two(blocks), _MAX_SPLITS))
+        splits = min(_power_of_two(wanted), _power_of_two(blocks), _MAX_SPLITS)
     part, part_lse = out, lse
     if splits > 1:
         part = q.new_empty(splits, total, heads, dim_v, dtype=torch.float32)
@@ -90,14 +90,14 @@ def forward(
         *layout.strides(q, False), *layout.strides(k, True), *layout.strides(v, True),
         *_prefix_strides(layout, k, v, prefix_k, prefix_v),
         rules.scale, rules.softcap or 1.0, window or 0, _reach(rules), total, layout.q_len, layout.k_len, prefix_len,
-        num_tiles, heads_kv, group, dim, dim_v, _width(dim), _width(dim_v), tile.block_m, tile.block_n, splits,
+        num_tiles, heads_kv, group, dim, dim_v, width, width_v, tile.block_m, tile.block_n, splits,
         layout.dense, _prefix_mode(layout, prefix_k), rules.causal, window is not None, rules.window_includes_prefix,
         rules.softcap is not None,
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(total * heads,)](
-            part, part_lse, out, lse, total, heads, dim_v, _width(dim_v), splits, _power_of_two(splits),
+            part, part_lse, out, lse, total, heads, dim_v, width_v, splits, _power_of_two(splits),
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
@@ -139,12 +139,13 @@ def backward(
     prompts = 0 if prefix_k is None else prefix_k.shape[0]
     window = _window(rules, layout, prefix_len)
     width, width_v = _width(dim), _width(dim_v)
-    plain = window is None and rules.softcap is None and (dim, dim_v) == (width, width_v)
-    plain = plain and _biases(rules) == (None, None)
+    biases = _biases(rules)
+    positional = window is not None or any(x is not None for x in biases)
+    plain = not positional and rules.softcap is None and (dim, dim_v) == (width, width_v)
     tile = backward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), plain)
 
     ordered = layout.prompts is not None and mode != device.NO_PREFIX
-    placed = mode != device.NO_PREFIX and (window is not None or _biases(rules) != (None, None))
+    placed = mode != device.NO_PREFIX and positional
     groups = layout.rows if layout.in_rows else prompts
     base, delta = torch.empty_like(lse), torch.empty_like(lse)
     order = q.new_empty(total, dtype=torch.int32) if ordered else None
@@ -187,7 +188,7 @@ def backward(
         return prefixes
     backward_kernel[(grid,)](
         q, k, v, *_prefix_pointers(k, v, prefix_k, prefix_v), grad, base, delta, dq, dk, dv, dpk, dpv, part_k, part_v,
-        layout.bounds, layout.ends, layout.prompts, layout.lengths, order, offsets, place, *_biases(rules),
+        layout.bounds, layout.ends, layout.prompts, layout.lengths, order, offsets, place, *biases,
         *layout.strides(q, False), *layout.strides(k, True), *layout.strides(v, True),
         *_prefix_strides(layout, k, v, prefix_k, prefix_v), grad.stride(0), grad.stride(1), *of_keys,
         rules.scale, rules.softcap or 1.0, window or 0, _reach(rules), total, layout.rows, prompts,
