@@ -6,13 +6,13 @@ Everything is checked here, once; implementations trust their arguments. Knows t
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptengine.kernels.dispatch import implementation, resolve_backend
+from ptengine.kernels.packed_rows import brief, check_bounds
 from ptengine.kernels.prefix_attention import operators as _operators  # noqa: F401 (registers the implementations)
 from ptengine.kernels.prefix_attention.scores import ScoreRules
 
@@ -107,11 +107,7 @@ def prefix_attention_varlen(
         raise ValueError("expected cu_seqlens of at least one entry, got none")
     bounds = _host(cu_seqlens)
     if bounds is not None:
-        lengths = [end - start for start, end in pairwise(bounds)]
-        if bounds[0] != 0 or bounds[-1] != total or any(length < 0 for length in lengths):
-            raise ValueError(f"expected cu_seqlens ascending from 0 to {total}, got {_brief(bounds)}")
-        if max(lengths, default=0) > max_seqlen:
-            raise ValueError(f"expected max_seqlen of at least the longest row ({max(lengths)}), got {max_seqlen}")
+        check_bounds(bounds, total, max_seqlen)
     if prefix_rows is not None:
         _check_prefix_rows(prefix_rows, prefix_k, prefix_v, prompt_ids, prefix_lengths, rows, q.device)
     prefix_k, prefix_v = _check_prefix(q, k, v, prefix_k, prefix_v, prompt_ids, prefix_lengths, rows)
@@ -185,7 +181,7 @@ def prefix_attention(
             _check_index(name, bound, q.device, batch)
             values = _host(bound)
             if values is not None and any(not 0 <= value <= k.shape[2] for value in values):
-                raise ValueError(f"expected {name} from 0 to {k.shape[2]}, got {_brief(values)}")
+                raise ValueError(f"expected {name} from 0 to {k.shape[2]}, got {brief(values)}")
     prefix_k, prefix_v = _check_prefix(q, k, v, prefix_k, prefix_v, prompt_ids, prefix_lengths, batch)
     rules = _check_rules(
         q, num_heads, causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias
@@ -261,12 +257,12 @@ def _check_prefix(
         _check_index("prompt_ids", prompt_ids, q.device, rows)
         values = _host(prompt_ids)
         if values is not None and any(not -1 <= value < num_prompts for value in values):
-            raise ValueError(f"expected prompt_ids from -1 to {num_prompts - 1}, got {_brief(values)}")
+            raise ValueError(f"expected prompt_ids from -1 to {num_prompts - 1}, got {brief(values)}")
     if prefix_lengths is not None:
         _check_index("prefix_lengths", prefix_lengths, q.device, num_prompts)
         values = _host(prefix_lengths)
         if values is not None and any(not 0 <= value <= size for value in values):
-            raise ValueError(f"expected prefix_lengths from 0 to {size}, got {_brief(values)}")
+            raise ValueError(f"expected prefix_lengths from 0 to {size}, got {brief(values)}")
     return prefix_k, prefix_v
 
 
@@ -289,7 +285,7 @@ def _check_prefix_rows(
     if sources is None:
         return
     if any(not -1 <= source < rows for source in sources):
-        raise ValueError(f"expected prefix_rows from -1 to {rows - 1}, got {_brief(sources)}")
+        raise ValueError(f"expected prefix_rows from -1 to {rows - 1}, got {brief(sources)}")
     chained = [source for source in sources if source >= 0 and sources[source] >= 0]
     if chained:
         raise ValueError(f"expected rows that are read to read no row themselves, got row {chained[0]} doing both")
@@ -349,7 +345,3 @@ def _host(x: Tensor) -> list[int] | None:
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return None
     return x.tolist()
-
-
-def _brief(values: list[int]) -> str:
-    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"

@@ -7,10 +7,10 @@ them, since in the public functions a compiler would drop them.
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
 from torch import Tensor
+
+from ptengine.kernels.packed_rows import check_bounds
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -116,13 +116,7 @@ def check_packed_values(
     """The values of the index tensors of packed rows."""
     if cu_seqlens.device.type != "cpu":
         return
-    bounds, total = cu_seqlens.tolist(), rows.shape[0]
-    lengths = [end - start for start, end in pairwise(bounds)]
-    if bounds[0] != 0 or bounds[-1] != total or min(lengths, default=0) < 0:
-        shown = str(bounds) if len(bounds) <= 8 else f"[{', '.join(map(str, bounds[:8]))}, ...]"
-        raise ValueError(f"expected cu_seqlens ascending from 0 to {total}, got {shown}")
-    if max(lengths, default=0) > max_seqlen:
-        raise ValueError(f"expected max_seqlen of at least the longest row ({max(lengths)}), got {max_seqlen}")
+    check_bounds(cu_seqlens.tolist(), rows.shape[0], max_seqlen)
     check_prompt_values(prompt_ids, prefix.shape[0], lowest=-1)
     if prefix_lengths is not None:
         _check_range("prefix_lengths", prefix_lengths, 0, prefix.shape[-3] + 1, "prompt")
