@@ -29,7 +29,7 @@ class _Entry:
 
 
 _REGISTRY: dict[str, dict[str, _Entry]] = {}
-_WARNED: set[str] = set()  # reasons already given
+_WARNED: set[str] = set()  # messages already given
 
 
 def register(
@@ -94,11 +94,11 @@ def resolve_backend(
         ValueError: unknown operation or backend, or a backend that cannot take the call.
     """
     backend, reason = _choose(requested, device, op, dtype, no_kernel_because)
-    if backend == "torch" and device.type == "cuda" and reason not in _WARNED:
-        kernel = _entries(op).get("triton")
-        if kernel is not None and "chosen by device" in reason:
-            _WARNED.add(reason)
-            warnings.warn(f"{op} takes the slower PyTorch path: {reason}", stacklevel=3)
+    slower = backend == "torch" and device.type == "cuda" and "triton" in _entries(op)
+    message = f"{op} takes the slower PyTorch path: {reason}"
+    if slower and _asked_for(requested)[0] is None and message not in _WARNED:
+        _WARNED.add(message)
+        warnings.warn(message, stacklevel=3)
     return backend
 
 
@@ -129,11 +129,7 @@ def _choose(
 ) -> tuple[str, str]:
     """The backend and the reason for it."""
     entries = _entries(op)
-    if requested is not None:
-        source = f"backend={requested!r}"
-    else:
-        requested = os.environ.get(ENVIRONMENT) or None  # set but empty counts as unset
-        source = f"{ENVIRONMENT}={requested}"
+    requested, source = _asked_for(requested)
 
     def missing(backend: str) -> str | None:
         """Why `backend` cannot take the call; None where it can."""
@@ -152,6 +148,14 @@ def _choose(
         usable = [name for name in BACKENDS if missing(name) is None]
         raise ValueError(f"{source}: {refusal}; expected one of {_names(usable)}, got {requested!r}")
     return requested, f"chosen by {source}"
+
+
+def _asked_for(requested: str | None) -> tuple[str | None, str]:
+    """The backend that the caller, or else the environment, asks for, and in what words; None for neither."""
+    if requested is not None:
+        return requested, f"backend={requested!r}"
+    forced = os.environ.get(ENVIRONMENT) or None  # set but empty counts as unset
+    return forced, f"{ENVIRONMENT}={forced}"
 
 
 def _missing(

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> Outcome:
     paths = {device: [explain(name, torch.device(device)) for name in operations()] for device in devices}
     assets, problems = _assets()
     problems += [line for lines in paths.values() for line in lines if ": refused" in line]
-    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     data: dict[str, Any] = {
         "command": "doctor",
         "ptengine": __version__,
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> Outcome:
         "packages": {name: _version(name) for name in PACKAGES},
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "devices": ["cpu", *(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))],
+        "devices": ["cpu", *(torch.cuda.get_device_name(device) for device in cuda)],
         "backend_forced": os.environ.get(ENVIRONMENT) or None,
         "operations": paths,
         "tiles": [line for device in cuda for line in tile_report(architecture(device))],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 
 import pytest
 import torch
@@ -72,6 +73,9 @@ def test_a_kernel_that_cannot_take_a_call_says_so_once(monkeypatch: pytest.Monke
         assert dispatch.resolve_backend(None, cuda, "tiled", dtype=torch.float64) == "torch"
     with pytest.warns(UserWarning, match="heads too wide"):
         dispatch.resolve_backend(None, cuda, "tiled", dtype=torch.float16, no_kernel_because="heads too wide")
-    dispatch.resolve_backend(None, cuda, "tiled", dtype=torch.float64)  # pytest fails on a second warning
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # a second warning, or one about what was forced, would be raised
+        dispatch.resolve_backend(None, cuda, "tiled", dtype=torch.float64)
+        assert dispatch.resolve_backend("torch", cuda, "tiled", dtype=torch.bfloat16) == "torch"
     with pytest.raises(ValueError, match="heads too wide; expected one of 'torch', got 'triton'"):
         dispatch.resolve_backend("triton", cuda, "tiled", no_kernel_because="heads too wide")

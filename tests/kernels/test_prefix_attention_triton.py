@@ -166,6 +166,17 @@ def test_several_prompts(option: str, dtype: torch.dtype) -> None:
         assert not grad[2:].any()
 
 
+def test_nothing_beyond_a_prompts_length() -> None:
+    """Keys that share a block with a shorter prompt's last one are not seen and get a gradient of zero."""
+    sizes = index(3, 16)
+    tensors = packed((17, 20), dtype=torch.float32) + prefixes(2, 16, dtype=torch.float32)
+    chosen = {"prompt_ids": index(0, 1), "prefix_lengths": sizes}
+    compare(tensors, (17, 20), [prompt(0, sizes), prompt(1, sizes)], chosen, {})
+    for grad in run(tensors, (17, 20), **chosen)[2][3:]:
+        assert grad[0, :3].all()
+        assert not grad[0, 3:].any()
+
+
 @pytest.mark.parametrize("dtype", launch.DTYPES, ids=str)
 @pytest.mark.parametrize("option", ["causal", "bidirectional", "window", "window, prefix in view", "everything"])
 def test_rows_as_prefixes(option: str, dtype: torch.dtype) -> None:
@@ -280,7 +291,6 @@ def test_workspaces_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results and workspaces come uninitialised: filled with NaN beforehand, nothing of it is left or read."""
     tensors = packed(LENGTHS, dtype=torch.float32) + prefixes(3, 16, dtype=torch.float32)
     chosen = {"prompt_ids": PROMPTS, "prefix_lengths": SIZES, "window": 11}
-    rows = (70, 5, 0, 20)
     clean = [run(tensors, LENGTHS, **chosen), run(tensors[:3], LENGTHS, prefix_rows=index(-1, -1, 0, -1))]
     empty, empty_like, new_empty = torch.empty, torch.empty_like, torch.Tensor.new_empty
 
@@ -295,7 +305,6 @@ def test_workspaces_may_hold_anything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_path.torch, "empty_like", poisoned(empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(new_empty))
     dirty = [run(tensors, LENGTHS, **chosen), run(tensors[:3], LENGTHS, prefix_rows=index(-1, -1, 0, -1))]
-    assert len(rows) == len(LENGTHS)
     for before, after in zip(clean, dirty, strict=True):
         for x, y in zip([*before[:2], *before[2]], [*after[:2], *after[2]], strict=True):
             assert torch.equal(x, y)
