@@ -8,9 +8,8 @@ weights @ head. Then the last kernel. Imports Triton: to be imported where a ker
 from __future__ import annotations
 
 import torch
-import triton
 
-from ptengine.kernels.launch import architecture
+from ptengine.kernels.launch import architecture, ceil_div
 from ptengine.kernels.linear_cross_entropy import products
 from ptengine.kernels.linear_cross_entropy.tiles import chunk_tile, finish_tile
 from ptengine.kernels.linear_cross_entropy.triton_kernels import chunk_kernel, finish_kernel
@@ -37,22 +36,17 @@ def rows(
     n, d = hidden.shape
     loss = hidden.new_empty(n, dtype=torch.float32)  # [n]
     gradient = hidden.new_empty(n if with_gradient else 0, d, dtype=torch.float32)  # [n, d]
-    tiles = -(-n // MAX_TILE_ROWS)
+    options = bias, softcap, label_smoothing, z_loss, ignore_index
+    given = gradient if with_gradient else None
+    tiles = ceil_div(n, MAX_TILE_ROWS)
     with torch.cuda.device_of(hidden):  # Triton launches on the current device
+        if tiles == 1:  # a view of the whole costs host time
+            _tile_of_rows(hidden, weight, labels, *options, loss, given)
+            return loss, gradient
         for i in range(tiles):
             tile = slice(i * n // tiles, (i + 1) * n // tiles)
-            _tile_of_rows(
-                hidden[tile],
-                weight,
-                labels[tile],
-                bias,
-                softcap,
-                label_smoothing,
-                z_loss,
-                ignore_index,
-                loss[tile],
-                gradient[tile] if with_gradient else None,
-            )
+            own = None if given is None else given[tile]
+            _tile_of_rows(hidden[tile], weight, labels[tile], *options, loss[tile], own)
     return loss, gradient
 
 
@@ -90,11 +84,12 @@ def _tile_of_rows(
     state = hidden.new_empty(n, 5, dtype=torch.float32)
     weights = sums = own_weights = own_sums = uniform = None
     if gradient is not None:
-        weights = hidden.new_empty(stacked, columns)  # [ones + r + slopes, C]
-        weights[:ones] = weight_scale
+        own_weights = weights = hidden.new_empty(stacked, columns)  # [ones + r + slopes, C]
         # Without more rows the sums are made in the gradient's own memory.
-        sums = gradient if stacked == n else hidden.new_empty(stacked, d, dtype=torch.float32)
-        own_weights, own_sums = weights[ones:], sums[ones:]
+        own_sums = sums = gradient if stacked == n else hidden.new_empty(stacked, d, dtype=torch.float32)
+        if ones:
+            weights[:ones] = weight_scale
+            own_weights, own_sums = weights[ones:], sums[ones:]
         if smoothed:
             uniform = sums[:1] if ones else sums[n:]
 
@@ -104,7 +99,7 @@ def _tile_of_rows(
             head = head.contiguous()
         width = head.shape[0]
         products.product(hidden, head.t(), logits[:, :width])  # [r, d] @ [d, c] -> [r, c]
-        chunk_kernel[(triton.cdiv(n, tile.rows),)](
+        chunk_kernel[(ceil_div(n, tile.rows),)](
             logits,
             columns,
             bias,
@@ -133,7 +128,7 @@ def _tile_of_rows(
             multiply = products.product if start == 0 else products.add_product
             multiply(weights[:, :width], head, sums)  # [ones + r + slopes, c] @ [c, d]
 
-    finish_kernel[(triton.cdiv(n, last.rows),)](
+    finish_kernel[(ceil_div(n, last.rows),)](
         state,
         labels,
         labels.stride(0),
@@ -164,8 +159,8 @@ def _tile_of_rows(
 def chunk_columns(vocabulary: int, bytes_per_word: int, block: int) -> int:
     """How many words one chunk takes: whole blocks, as many as the workspace holds, spread evenly over the chunks."""
     columns = max(WORKSPACE_BYTES // bytes_per_word // block, 1) * block
-    chunks = triton.cdiv(vocabulary, columns)
-    return triton.cdiv(triton.cdiv(vocabulary, chunks), block) * block
+    chunks = ceil_div(vocabulary, columns)
+    return ceil_div(ceil_div(vocabulary, chunks), block) * block
 
 
 def _is_copied(weight: torch.Tensor, operand: torch.dtype) -> bool:

@@ -1,8 +1,8 @@
 """The operations as `torch.library` operators, so that torch.compile, fake tensors and autograd see through them.
 
 Each serves both implementations: its last argument says whether the Triton kernels or plain PyTorch do the work, and
-everything else (shapes, what is kept, what needs a gradient) is the same for both. Importing this module registers them
-with the dispatcher.
+everything else (shapes, what is kept, what needs a gradient) is the same for both. Eager calls skip the operators,
+see `eager.shortcut`. Importing this module registers the implementations with the dispatcher.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ptengine.kernels.dispatch import register
+from ptengine.kernels.eager import shortcut
 from ptengine.kernels.launch import register_kernel
 from ptengine.kernels.prefix_concat import checks, reference, torch_path
 
@@ -30,12 +31,14 @@ def _path(kernel: bool) -> ModuleType:
     return triton_path
 
 
-@torch.library.custom_op("ptengine::prefix_concat", mutates_args=())
-def _dense(
+def _concat_dense(
     prefix: Tensor, rows: Tensor, prompt_ids: Tensor | None, cos: Tensor | None, sin: Tensor | None, kernel: bool
 ) -> Tensor:
     checks.check_prompt_values(prompt_ids, prefix.shape[0])
     return _path(kernel).concat(prefix, rows, prompt_ids, cos, sin)
+
+
+_dense = torch.library.custom_op("ptengine::prefix_concat", mutates_args=())(_concat_dense)
 
 
 @_dense.register_fake
@@ -44,14 +47,16 @@ def _(prefix: Tensor, rows: Tensor, *_: Any) -> Tensor:
     return rows.new_empty(batch, heads, prefix.shape[-3] + length, dim)
 
 
-@torch.library.custom_op("ptengine::prefix_concat_sum", mutates_args=())
-def _sum(of_head: Tensor, prompt_ids: Tensor | None, prompts: int, dtype: torch.dtype, kernel: bool) -> Tensor:
+def _sum_dense(of_head: Tensor, prompt_ids: Tensor | None, prompts: int, dtype: torch.dtype, kernel: bool) -> Tensor:
     """of_head [B, H_kv, P, D] summed over rows to [P, H_kv, D], or over the rows of each prompt to [N, P, H_kv, D].
 
     Sums are taken in float32 or better and rounded to `dtype` at the end. `prompts` is N, and is not read where
     `prompt_ids` is None.
     """
     return _path(kernel).sum_rows(of_head, prompt_ids, prompts, dtype)
+
+
+_sum = torch.library.custom_op("ptengine::prefix_concat_sum", mutates_args=())(_sum_dense)
 
 
 @_sum.register_fake
@@ -61,16 +66,22 @@ def _(of_head: Tensor, prompt_ids: Tensor | None, prompts: int, dtype: torch.dty
     return of_head.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("ptengine::prefix_concat_rotate_back", mutates_args=())
-def _rotate_back(of_own: Tensor, cos: Tensor, sin: Tensor, kernel: bool) -> Tensor:
+def _rotate_dense_back(of_own: Tensor, cos: Tensor, sin: Tensor, kernel: bool) -> Tensor:
     """of_own [B, H_kv, T, D] through the rotation's transpose. Token-major inside, as projections want it."""
     return _path(kernel).rotate_back(of_own, cos, sin)
+
+
+_rotate_back = torch.library.custom_op("ptengine::prefix_concat_rotate_back", mutates_args=())(_rotate_dense_back)
 
 
 @_rotate_back.register_fake
 def _(of_own: Tensor, *_: Any) -> Tensor:
     batch, heads, length, dim = of_own.shape
     return of_own.new_empty(batch, length, heads, dim).transpose(1, 2)
+
+
+_call_sum = shortcut(_sum, _sum_dense)
+_call_rotate_back = shortcut(_rotate_back, _rotate_dense_back)
 
 
 def _setup_dense(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -83,20 +94,20 @@ def _differentiate_dense(ctx: Any, of_out: Tensor) -> tuple[Tensor | None, ...]:
     prompt_ids, cos, sin = ctx.saved_tensors
     of_prefix = of_rows = None
     if ctx.needs_input_grad[0]:
-        of_prefix = _sum(of_out[:, :, : ctx.virtual], prompt_ids, ctx.prompts, ctx.dtype, ctx.kernel)
+        of_prefix = _call_sum(of_out[:, :, : ctx.virtual], prompt_ids, ctx.prompts, ctx.dtype, ctx.kernel)
     if ctx.needs_input_grad[1]:
         # A view where there is no rotation, as torch.cat's own gradient: whoever keeps it copies it.
         of_rows = of_out[:, :, ctx.virtual :]
         if cos is not None:
-            of_rows = _rotate_back(of_rows, cos, sin, ctx.kernel)
+            of_rows = _call_rotate_back(of_rows, cos, sin, ctx.kernel)
     return of_prefix, of_rows, None, None, None, None
 
 
 _dense.register_autograd(_differentiate_dense, setup_context=_setup_dense)
+_call_dense = shortcut(_dense, _concat_dense, _setup_dense, _differentiate_dense)
 
 
-@torch.library.custom_op("ptengine::prefix_concat_varlen", mutates_args=())
-def _packed(
+def _concat_packed(
     prefix: Tensor, rows: Tensor, cu_seqlens: Tensor, max_seqlen: int,
     prompt_ids: Tensor | None, prefix_lengths: Tensor | None, cos: Tensor | None, sin: Tensor | None,
     out_tokens: int | None, kernel: bool,
@@ -109,6 +120,9 @@ def _packed(
     return _path(kernel).concat_packed(
         prefix, rows, cu_seqlens, max_seqlen, prompt_ids, prefix_lengths, cos, sin, out_tokens
     )
+
+
+_packed = torch.library.custom_op("ptengine::prefix_concat_varlen", mutates_args=())(_concat_packed)
 
 
 @_packed.register_fake
@@ -131,13 +145,15 @@ def _count_virtual(prefix: Tensor, cu_seqlens: Tensor, prompt_ids: Tensor | None
     return int((prefix_lengths[prompt_ids.clamp(0, prefix.shape[0] - 1)] * known).sum())
 
 
-@torch.library.custom_op("ptengine::prefix_concat_varlen_sum", mutates_args=())
-def _packed_sum(
+def _sum_packed(
     of_out: Tensor, cu_seqlens_out: Tensor, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
     prompts: int, virtual: int, dtype: torch.dtype, kernel: bool,
 ) -> Tensor:  # fmt: skip
     """As `_sum`, for packed rows: the first tokens of each row of of_out [out_tokens, H_kv, D]."""
     return _path(kernel).sum_packed(of_out, cu_seqlens_out, prompt_ids, prefix_lengths, prompts, virtual, dtype)
+
+
+_packed_sum = torch.library.custom_op("ptengine::prefix_concat_varlen_sum", mutates_args=())(_sum_packed)
 
 
 @_packed_sum.register_fake
@@ -149,8 +165,7 @@ def _(
     return of_out.new_empty(shape, dtype=dtype)
 
 
-@torch.library.custom_op("ptengine::prefix_concat_varlen_own", mutates_args=())
-def _packed_own(
+def _take_own(
     of_out: Tensor, cu_seqlens: Tensor, cu_seqlens_out: Tensor, total: int, max_seqlen: int,
     cos: Tensor | None, sin: Tensor | None, kernel: bool,
 ) -> Tensor:  # fmt: skip
@@ -158,9 +173,16 @@ def _packed_own(
     return _path(kernel).take_own(of_out, cu_seqlens, cu_seqlens_out, total, max_seqlen, cos, sin)
 
 
+_packed_own = torch.library.custom_op("ptengine::prefix_concat_varlen_own", mutates_args=())(_take_own)
+
+
 @_packed_own.register_fake
 def _(of_out: Tensor, cu_seqlens: Tensor, cu_seqlens_out: Tensor, total: int, *_: Any) -> Tensor:
     return of_out.new_empty(total, *of_out.shape[1:])
+
+
+_call_packed_sum = shortcut(_packed_sum, _sum_packed)
+_call_packed_own = shortcut(_packed_own, _take_own)
 
 
 def _setup_packed(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -173,19 +195,19 @@ def _differentiate_packed(ctx: Any, of_out: Tensor, _: Any) -> tuple[Tensor | No
     cu_seqlens, cu_seqlens_out, prompt_ids, prefix_lengths, cos, sin = ctx.saved_tensors
     of_prefix = of_rows = None
     if ctx.needs_input_grad[0]:
-        of_prefix = _packed_sum(
+        of_prefix = _call_packed_sum(
             of_out, cu_seqlens_out, prompt_ids, prefix_lengths, ctx.prompts, ctx.virtual, ctx.dtype, ctx.kernel
         )
     if ctx.needs_input_grad[1]:
-        of_rows = _packed_own(of_out, cu_seqlens, cu_seqlens_out, ctx.total, ctx.max_seqlen, cos, sin, ctx.kernel)
+        of_rows = _call_packed_own(of_out, cu_seqlens, cu_seqlens_out, ctx.total, ctx.max_seqlen, cos, sin, ctx.kernel)
     return of_prefix, of_rows, *[None] * 8
 
 
 _packed.register_autograd(_differentiate_packed, setup_context=_setup_packed)
+_call_packed = shortcut(_packed, _concat_packed, _setup_packed, _differentiate_packed)
 
 
-@torch.library.custom_op("ptengine::prefix_concat_paged", mutates_args=("cache",))
-def _paged(
+def _write_paged(
     prefix: Tensor, rows: Tensor, cache: Tensor, block_table: Tensor,
     prompt_ids: Tensor | None, cos: Tensor | None, sin: Tensor | None, kernel: bool,
 ) -> None:  # fmt: skip
@@ -194,15 +216,22 @@ def _paged(
     _path(kernel).concat_paged(prefix, rows, cache, block_table, prompt_ids, cos, sin)
 
 
+_paged = torch.library.custom_op("ptengine::prefix_concat_paged", mutates_args=("cache",))(_write_paged)
+
+
 @_paged.register_fake
 def _(*_: Any) -> None:
     return None
 
 
+_call_paged = shortcut(_paged, _write_paged, writes=2)
+
+
 def _run_dense(
     prefix: Tensor, rows: Tensor, *, prompt_ids: Tensor | None, cos: Tensor | None, sin: Tensor | None, kernel: bool
 ) -> Tensor:
-    return _dense(prefix, rows, prompt_ids, cos, sin, kernel)
+    out: Tensor = _call_dense(prefix, rows, prompt_ids, cos, sin, kernel)
+    return out
 
 
 def _run_packed(
@@ -218,9 +247,10 @@ def _run_packed(
     out_tokens: int | None,
     kernel: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _packed(
+    out, cu_seqlens_out = _call_packed(
         prefix, rows, cu_seqlens, max_seqlen, prompt_ids, prefix_lengths, cos, sin, out_tokens, kernel
-    )  # fmt: skip
+    )
+    return out, cu_seqlens_out
 
 
 def _run_paged(
@@ -234,7 +264,7 @@ def _run_paged(
     sin: Tensor | None,
     kernel: bool,
 ) -> None:
-    _paged(prefix, rows, cache, block_table, prompt_ids, cos, sin, kernel)
+    _call_paged(prefix, rows, cache, block_table, prompt_ids, cos, sin, kernel)
 
 
 for _op, _run, _specification in (

@@ -6,6 +6,7 @@ The kernels only move bytes, so a tile is a number of elements, cut into whole t
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -42,7 +43,13 @@ TILES: dict[tuple[str, int, str], Tile] = {
 
 def tile(x: torch.Tensor, regime: str) -> Tile:
     """For a call whose tokens are in x's dtype and on its device."""
-    return TILES[nearest_architecture(architecture(x.device), architectures()), 8 * x.element_size(), regime]
+    return TILES[_entry(architecture(x.device)), 8 * x.element_size(), regime]
+
+
+@lru_cache(maxsize=8)
+def _entry(architecture: str) -> str:
+    """Whose entries an architecture takes; the search costs as much as a launch."""
+    return nearest_architecture(architecture, architectures())
 
 
 def architectures() -> set[str]:

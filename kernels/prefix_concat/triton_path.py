@@ -8,9 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from ptengine.kernels.launch import ceil_div, power_of_two
 from ptengine.kernels.prefix_concat.backward import own_kernel, sum_kernel
 from ptengine.kernels.prefix_concat.forward import concat_kernel, concat_packed_kernel
 from ptengine.kernels.prefix_concat.tiles import tile, tokens
@@ -58,7 +58,7 @@ def _launch_concat(
     prompts, virtual = prefix.shape[:2]
     cos, sin, angle_strides = _rotary_operands(cos, sin, batched=True)
     blocks = _block_sizes(rows, cos)
-    tiles = triton.cdiv(virtual, blocks["BLOCK_S"]) + triton.cdiv(length, blocks["BLOCK_S"])
+    tiles = ceil_div(virtual, blocks["BLOCK_S"]) + ceil_div(length, blocks["BLOCK_S"])
     if batch * tiles == 0:
         return
     table = (0, 0, 1, 0) if block_table is None else (*block_table.stride(), out.shape[1], out.shape[0])
@@ -98,7 +98,7 @@ def concat_packed(
     cos, sin, (_, *angle_strides) = _rotary_operands(cos, sin, batched=False)
     blocks = _block_sizes(rows, cos)
     # At least one tile a row: the first also writes the row's bounds.
-    tiles = max(triton.cdiv(virtual, blocks["BLOCK_S"]) + triton.cdiv(max_seqlen, blocks["BLOCK_S"]), 1)
+    tiles = max(ceil_div(virtual, blocks["BLOCK_S"]) + ceil_div(max_seqlen, blocks["BLOCK_S"]), 1)
     with torch.cuda.device_of(rows):
         concat_packed_kernel[count * tiles, heads](
             out, cu_seqlens_out, prefix, rows, cu_seqlens.contiguous(), prompt_ids, prefix_lengths, cos, sin,
@@ -145,9 +145,9 @@ def _launch_sum(
     prefix_lengths: Tensor | None,
 ) -> None:
     prompts, virtual, heads, dim = out.shape
-    chosen, block_d = tile(of_out, "sum"), triton.next_power_of_2(dim)
+    chosen, block_d = tile(of_out, "sum"), power_of_two(dim)
     block_p = tokens(chosen.elements, block_d)
-    tiles = triton.cdiv(virtual, block_p)
+    tiles = ceil_div(virtual, block_p)
     if tiles == 0:
         return
     with torch.cuda.device_of(out):
@@ -200,7 +200,7 @@ def _launch_own(
     heads, dim = out.shape[-2:]
     cos, sin, angle_strides = _rotary_operands(cos, sin, batched=cu_seqlens is None)
     blocks = _block_sizes(out, cos)
-    tiles = triton.cdiv(longest, blocks["BLOCK_S"])
+    tiles = ceil_div(longest, blocks["BLOCK_S"])
     if rows * tiles == 0:
         return
     with torch.cuda.device_of(out):
@@ -225,14 +225,14 @@ def _rotary_operands(
 def _block_sizes(rows: Tensor, cos: Tensor | None) -> dict[str, Any]:
     """What a launch that moves tokens is compiled for, other than D."""
     dim, turned = rows.shape[-1], 0 if cos is None else cos.shape[-1]
-    block_d = triton.next_power_of_2(dim)
+    block_d = power_of_two(dim)
     chosen = tile(rows, "rotate" if turned else "copy")
     return {
         "D_ROT": turned,
         "BLOCK_S": tokens(chosen.elements, block_d),
         "BLOCK_D": block_d,
-        "BLOCK_HALF": triton.next_power_of_2(max(turned // 2, 1)),
-        "BLOCK_REST": triton.next_power_of_2(max(dim - turned, 1)),
+        "BLOCK_HALF": power_of_two(turned // 2),
+        "BLOCK_REST": power_of_two(dim - turned),
         "num_warps": chosen.num_warps,
         "num_stages": chosen.num_stages,
     }

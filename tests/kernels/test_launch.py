@@ -42,12 +42,23 @@ def test_every_table_serves_every_machine() -> None:
     for name in ("sm_75", "sm_80", "sm_90", "sm_100", "sm_121", "gfx942", "interpreter"):
         for bits in (16, 32):
             for dim in (16, 64, 128, 256):
-                assert attention_tiles.backward_tile(name, bits, dim, plain=bits == 16).num_warps in (4, 8)
-                for regime in ("decode", "short", "long"):
+                for longest in (64, 65):
+                    tile = attention_tiles.backward_tile(name, bits, dim, longest, plain=bits == 16)
+                    assert tile.num_warps in (4, 8)
+                for regime in ("decode", "short", "medium", "long"):
                     assert attention_tiles.forward_tile(name, bits, dim, regime).block_m >= 16
         assert loss_tiles.chunk_tile(name, 1).columns > 0
     for tiles in (attention_tiles, loss_tiles, concat_tiles):
         assert "sm_80" in tiles.architectures()
+
+
+def test_block_counts_are_those_of_triton() -> None:
+    triton = pytest.importorskip("triton")
+    for count in (0, 1, 2, 3, 15, 16, 17, 4097):
+        assert [launch.ceil_div(count, size) for size in (1, 7, 16)] == [
+            triton.cdiv(count, size) for size in (1, 7, 16)
+        ]
+        assert launch.power_of_two(count) == max(triton.next_power_of_2(count), 1)
 
 
 def test_without_triton_there_is_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,7 +80,7 @@ def run(function: Any, prefix: torch.Tensor, rows: torch.Tensor, **kwargs: Any) 
     """Output and both gradients, for a gradient of the output that differs everywhere."""
     leaves = prefix.detach().requires_grad_(), rows.detach().requires_grad_()
     out = function(*leaves, **kwargs)
-    of_out = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64).view_as(out).to(out.dtype)
+    of_out = torch.linspace(-1.0, 1.0, out.numel(), dtype=torch.float64, device=out.device).view_as(out).to(out.dtype)
     return out.detach(), *torch.autograd.grad(out, leaves, of_out)
 
 
