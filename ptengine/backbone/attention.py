@@ -20,7 +20,7 @@ from ptengine.backbone import last_layer
 from ptengine.errors import InputError
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 
-__all__ = ["IMPLEMENTATION", "KEYWORD", "PrefixContext"]
+__all__ = ["IMPLEMENTATION", "KEYWORD", "PrefixContext", "packed_attention"]
 
 IMPLEMENTATION = "ptengine"  # the name under which both functions are registered with transformers
 KEYWORD = "ptengine_prefix"  # the keyword of the model call
@@ -79,19 +79,14 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if dropout:
-        raise InputError(
-            f"expected a backbone in eval mode, got attention dropout of {dropout}: dropout is not drawn over a shared "
-            "prefix (for gradient checkpointing put the layers alone in training mode)"
-        )
+    _check_dropout(dropout)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # As the stock SDPA under autocast: rotary embeddings leave float32 queries and keys beside bf16 values.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    layer: int = module.layer_idx  # type: ignore[assignment]
     causal = bool(getattr(module, "is_causal", True))
-    prefix_k, prefix_v = context.prefix(layer, query.dtype)
     if context.cu_seqlens is None:
+        prefix_k, prefix_v = context.prefix(module.layer_idx, query.dtype)  # type: ignore[arg-type]
         out = prefix_attention(
             query, key, value, prefix_k, prefix_v,
             key_starts=_per_row(context.key_starts, query.shape[0]),
@@ -100,16 +95,53 @@ def _attention(
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None  # [B, Tq, H, D_v]
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, H, D], [N, H_kv, D], [N, H_kv, D_v]
+    # Squeezed, not indexed: the gradient of an index is a copy into zeros.
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D], [N, H_kv, D], [N, H_kv, D_v]
+    return _packed(module, q, k, v, context, scaling, causal)[None], None  # [1, N, H, D_v]
+
+
+def packed_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: PrefixContext, scale: float, dropout: float
+) -> Tensor:
+    """What the attention function does in a packed call, for callers that hold tokens first: out [N, H, D_v].
+
+    Args:
+        module: the attention module of the layer, causal.
+        q: [N, H, D], rotated.
+        k: [N, H_kv, D], rotated.
+        v: [N, H_kv, D_v].
+        context: of a packed call.
+        scale: of the scores.
+        dropout: the module's own, which must be 0.
+    """
+    last_layer.announce(module, context.hidden_rows)
+    _check_dropout(dropout)
+    return _packed(module, q, k, v, context, scale, causal=True)
+
+
+def _check_dropout(dropout: float) -> None:
+    if dropout:
+        raise InputError(
+            f"expected a backbone in eval mode, got attention dropout of {dropout}: dropout is not drawn over a shared "
+            "prefix (for gradient checkpointing put the layers alone in training mode)"
+        )
+
+
+def _packed(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: PrefixContext, scale: float | None, causal: bool
+) -> Tensor:
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    assert context.cu_seqlens is not None
     if context.captured is not None:
         context.captured[layer] = (k, v)
+    prefix_k, prefix_v = context.prefix(layer, q.dtype)
     out = prefix_attention_varlen(
         q, k, v, prefix_k, prefix_v, context.cu_seqlens, context.max_seqlen,
         prompt_ids=context.prompt_ids, prefix_rows=context.prefix_rows, prefix_lengths=context.prefix_lengths,
-        causal=causal, scale=scaling,
+        causal=causal, scale=scale,
     )  # fmt: skip
     assert isinstance(out, Tensor)
-    return out[None], None  # [1, N, H, D_v]
+    return out
 
 
 def _per_row(x: Tensor | None, batch: int) -> Tensor | None:

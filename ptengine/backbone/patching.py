@@ -1,7 +1,8 @@
 """Puts ptengine's attention into one model instance, and takes it out again.
 
 Only this instance changes: its configurations' attention implementation, a wrapper around its
-`prepare_inputs_for_generation`, and two hooks on its last MLP. No class is touched.
+`prepare_inputs_for_generation`, two hooks on its last MLP, and the forward of modules that have faster equals. No class
+is touched.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from ptengine.backbone import last_layer
 from ptengine.backbone.activations import fuse_activations
 from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PrefixContext
+from ptengine.backbone.frozen_layers import fuse_layers
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError, UnsupportedModelError
 
@@ -65,6 +67,7 @@ def patch(model: Any) -> Any:
         attentions = _probe(model, spec)
         _link_last_mlp(spec, attentions[-1], state)
         state.handles.extend(fuse_activations(model))
+        state.handles.extend(fuse_layers(model))
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
             setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE)))
     except BaseException:
