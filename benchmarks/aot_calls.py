@@ -15,14 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptengine.kernels.gated_activation import gated_activation
 from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 from ptengine.kernels.prefix_concat import prefix_concat, prefix_concat_paged, prefix_concat_varlen
+from ptengine.kernels.rms_norm import rms_norm
+from ptengine.kernels.rotary import rotary_embedding
 
 __all__ = ["CALLS", "Call"]
 
 _NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _MAIN = ("sm_90",)  # tiles and kernels are compiled for all targets, variants for the one that tiles are made for first
+_TUNED = ("sm_90", "sm_100")  # where the tiles of short rows are others than those of long ones
 _PROMPT = 100
 _LENGTHS = (_PROMPT, 257, 1, 129)
 
@@ -34,10 +38,11 @@ class Call:
     targets: tuple[str, ...] | None = None  # None for all
 
 
-def _differentiate(out: Tensor, *inputs: Tensor) -> None:
+def _differentiate(out: Tensor | tuple[Tensor, ...], *inputs: Tensor) -> None:
     needed = [x for x in inputs if x.requires_grad]
+    outs = out if isinstance(out, tuple) else (out,)
     if needed:
-        torch.autograd.grad(out, needed, torch.empty_like(out))
+        torch.autograd.grad(outs, needed, [torch.empty_like(x) for x in outs])
 
 
 def _index(values: Iterable[int]) -> Tensor:
@@ -126,7 +131,10 @@ def _packed(
     if prefix == "rows":
         options["prefix_rows"] = _index([-1, *[0] * (len(lengths) - 1)])
     else:
-        shape = (_PROMPT, heads_kv, dim) if prefix == "apart" else (len(lengths), _PROMPT, heads_kv, dim)
+        shape = {
+            "nothing": (0, heads_kv, dim), "apart": (_PROMPT, heads_kv, dim),
+            "N prompts": (len(lengths), _PROMPT, heads_kv, dim),
+        }[prefix]  # fmt: skip
         pk, pv = (torch.zeros(shape, dtype=dtype, requires_grad="prefix" in grad) for _ in range(2))
         if prefix == "N prompts":
             options["prompt_ids"] = _index(range(len(lengths)))
@@ -157,6 +165,14 @@ def _attentions() -> list[Call]:
                 Call(f"{name} short", partial(_packed, *shape, lengths=short, prefix="apart", grad=())),
                 Call(f"{name} decode", partial(_dense, *shape, queries=1, keys=300, grad=False)),
             ]
+            if dtype == torch.bfloat16:
+                few = (57, 64, 1)
+                calls += [
+                    Call(f"{name} apart", partial(_packed, *shape, prefix="apart"), _MAIN),
+                    Call(f"{name} medium", partial(_packed, *shape, lengths=(_PROMPT, 129, 1), grad=()), _TUNED),
+                    Call(f"{name} few tokens", partial(_packed, *shape, lengths=few), _TUNED),
+                    Call(f"{name} few tokens apart", partial(_packed, *shape, lengths=few, prefix="apart"), _MAIN),
+                ]
     shape, name = (torch.bfloat16, 32, 8, 128), "bf16 D128"
     bias = torch.zeros(32, 257)
     everything: dict[str, Any] = {
@@ -164,7 +180,7 @@ def _attentions() -> list[Call]:
         "alibi_slopes": torch.zeros(32), "deterministic": False,
     }  # fmt: skip
     variants: dict[str, Callable[[], None]] = {
-        "apart": partial(_packed, *shape, prefix="apart"),
+        "nothing before the rows": partial(_packed, *shape, prefix="nothing"),
         "first layer, N prompts": partial(_packed, *shape, prefix="N prompts", grad=("prefix",)),
         "window": partial(_packed, *shape, window=64),
         "all options": partial(_packed, *shape, **everything),
@@ -177,8 +193,66 @@ def _attentions() -> list[Call]:
     return calls
 
 
+def _norm(dtype: torch.dtype, channels: int, heads: int | None) -> None:
+    """All of a projection, or some heads of one that holds others too, as a norm of each head meets them."""
+    shape = (57, channels) if heads is None else (57, heads + 16, channels)
+    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(channels, dtype=dtype)
+    _differentiate(rms_norm(x if heads is None else x[:, :heads], weight, 1e-6), x)
+
+
+def _norms() -> list[Call]:
+    # Every number of threads there is, and the sizes that are not powers of two of two models.
+    wide = {None: (64, 2048, 2880, 4096, 5120, 8192, 16384), 32: (128,)}
+    return [
+        Call(
+            f"{_NAMES[dtype]} D{channels}{'' if heads is None else ' heads'}",
+            partial(_norm, dtype, channels, heads),
+            None if channels in (128, 4096, 16384) else _MAIN,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for heads, sizes in wide.items()
+        for channels in sizes
+    ]
+
+
+def _gate(dtype: torch.dtype, activation: str) -> None:
+    gate, up = (torch.zeros(57, 2752, dtype=dtype, requires_grad=True) for _ in range(2))
+    _differentiate(gated_activation(gate, up, activation), gate, up)
+
+
+def _gates() -> list[Call]:
+    return [
+        Call(f"{_NAMES[dtype]} {activation}", partial(_gate, dtype, activation))
+        for dtype in (torch.bfloat16, torch.float32)
+        for activation in ("silu", "gelu", "gelu_tanh")
+    ]
+
+
+def _rotary(dtype: torch.dtype, heads: int, heads_kv: int, dim: int, turned: int) -> None:
+    qkv = torch.zeros(57, heads + 2 * heads_kv, dim, dtype=dtype, requires_grad=True)
+    q, k, _ = qkv.split((heads, heads_kv, heads_kv), dim=1)
+    angle = torch.zeros(57, turned, dtype=dtype)
+    _differentiate(rotary_embedding(q, k, angle, angle), q, k)
+
+
+def _rotaries() -> list[Call]:
+    return [
+        Call(
+            f"{_NAMES[dtype]} H{heads} D{dim}{'' if turned == dim else f' R{turned}'}",
+            partial(_rotary, dtype, heads, heads_kv, dim, turned),
+            None if dim == 128 else _MAIN,
+        )
+        for dtype in (torch.bfloat16, torch.float32)
+        for heads, heads_kv, dim, turned in ((32, 8, 128, 128), (32, 8, 64, 64), (8, 1, 256, 256), (32, 32, 80, 32))
+    ]
+
+
 CALLS: dict[str, list[Call]] = {
+    "gated_activation": _gates(),
     "linear_cross_entropy": _losses(),
     "prefix_attention": _attentions(),
     "prefix_concat": _concats(),
+    "rms_norm": _norms(),
+    "rotary": _rotaries(),
 }

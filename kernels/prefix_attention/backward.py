@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from ptengine.kernels.prefix_attention.backward_prefix import prefix_part
-from ptengine.kernels.prefix_attention.device import PREFIX_IN_ROWS, bend, prefix_span, row_span, visible
-from ptengine.kernels.prefix_attention.key_blocks import key_bounds, load_keys
+from ptengine.kernels.prefix_attention.device import NO_PREFIX, PREFIX_IN_ROWS, bend, prefix_span, row_span, visible
+from ptengine.kernels.prefix_attention.key_blocks import key_blocks, load_keys
 from ptengine.kernels.prefix_attention.key_step import accumulators, key_step
 
 __all__ = ["backward_kernel"]
@@ -38,16 +38,17 @@ def backward_kernel(
     """Every gradient; grid (prefix_programs + rows * H_kv * (key_tiles + query_tiles) if ROWS)."""
     i_program = tl.program_id(0)
     if i_program < prefix_programs:
-        prefix_part(
-            i_program, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, grad_ptr, base_ptr, delta_ptr,
-            dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, part_k_ptr, part_v_ptr,
-            bounds_ptr, lengths_ptr, order_ptr, offsets_ptr, place_ptr, slopes_ptr, bias_ptr,
-            stride_q_b, stride_q_t, stride_q_h, stride_pk_n, stride_pk_t, stride_pk_h,
-            stride_pv_n, stride_pv_t, stride_pv_h, stride_g_t, stride_g_h, stride_dk_t, stride_dk_h,
-            stride_dv_t, stride_dv_h, scale, softcap, window, reach, total, rows, prompts, q_len, k_len, prefix_len,
-            wanted, HEADS_KV, GROUP, DIM, DIM_V, BLOCK_D, BLOCK_DV, PREFIX_M, PREFIX_N, BLOCK_R,
-            DENSE, PREFIX, CAUSAL, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, ATOMIC, SWAPPED,
-        )  # fmt: skip
+        if PREFIX != NO_PREFIX:  # else some of these pointers are None, which does not compile
+            prefix_part(
+                i_program, q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, grad_ptr, base_ptr, delta_ptr,
+                dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, part_k_ptr, part_v_ptr,
+                bounds_ptr, lengths_ptr, order_ptr, offsets_ptr, place_ptr, slopes_ptr, bias_ptr,
+                stride_q_b, stride_q_t, stride_q_h, stride_pk_n, stride_pk_t, stride_pk_h,
+                stride_pv_n, stride_pv_t, stride_pv_h, stride_g_t, stride_g_h, stride_dk_t, stride_dk_h,
+                stride_dv_t, stride_dv_h, scale, softcap, window, reach, total, rows, prompts, q_len, k_len, prefix_len,
+                wanted, HEADS_KV, GROUP, DIM, DIM_V, BLOCK_D, BLOCK_DV, PREFIX_M, PREFIX_N, BLOCK_R,
+                DENSE, PREFIX, CAUSAL, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, ATOMIC, SWAPPED,
+            )  # fmt: skip
     elif ROWS:
         i_rest = i_program - prefix_programs
         per_row = key_tiles + query_tiles
@@ -122,19 +123,26 @@ def _key_part(
         if WINDOW:
             slot_first = tl.maximum(slot_first, first_key - window + 1 - shift)
             slot_end = tl.minimum(slot_end, first_key + BLOCK_N + window - shift)
-        for i_first in range(slot_first * GROUP // BLOCK_M * BLOCK_M, slot_end * GROUP, BLOCK_M):
-            i_m = i_first + tl.arange(0, BLOCK_M)  # [M]
-            i_t = i_m // GROUP
-            i_head = i_head_kv * GROUP + i_m % GROUP
-            head = i_head.to(tl.int64)
-            token = flat + i_t  # [M]
-            own_q = i_t + shift
-            dk, dv = key_step(
-                dk, dv, b_k, b_v, i_t < slot_end, row * stride_q_b + (start_q + i_t) * stride_q_t + head * stride_q_h,
-                token * stride_g_t + head * stride_g_h, head * total + token, own_q, i_head, i_n[:, None], i_n, own_q,
+        begin = slot_first * GROUP // BLOCK_M * BLOCK_M
+        whole = begin  # packed queries from here on see every key of the block
+        if CAUSAL:
+            slot_whole = tl.minimum(first_key + BLOCK_N - 1 - shift, slot_end)
+            whole = tl.maximum(tl.cdiv(slot_whole * GROUP, BLOCK_M) * BLOCK_M, begin)
+            for i_first in range(begin, tl.minimum(whole, slot_end * GROUP), BLOCK_M):
+                dk, dv = _key_block(
+                    dk, dv, b_k, b_v, i_first, i_n, flat, start_q, shift, slot_end, row, i_head_kv,
+                    q_ptr, grad_ptr, base_ptr, delta_ptr, slopes_ptr, bias_ptr,
+                    stride_q_b, stride_q_t, stride_q_h, stride_g_t, stride_g_h,
+                    scale, softcap, window, reach, total, i_d, i_dv, m_d, m_dv,
+                    GROUP, BLOCK_M, DENSE, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, True, SWAPPED,
+                )  # fmt: skip
+        for i_first in range(whole, slot_end * GROUP, BLOCK_M):
+            dk, dv = _key_block(
+                dk, dv, b_k, b_v, i_first, i_n, flat, start_q, shift, slot_end, row, i_head_kv,
                 q_ptr, grad_ptr, base_ptr, delta_ptr, slopes_ptr, bias_ptr,
-                scale, softcap, window, reach, i_d, i_dv, m_d, m_dv,
-                DENSE, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, CAUSAL, SWAPPED,
+                stride_q_b, stride_q_t, stride_q_h, stride_g_t, stride_g_h,
+                scale, softcap, window, reach, total, i_d, i_dv, m_d, m_dv,
+                GROUP, BLOCK_M, DENSE, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, False, SWAPPED,
             )  # fmt: skip
         m_stored = i_slot < slots
         if SWAPPED:
@@ -145,6 +153,31 @@ def _key_part(
         p_dv = dv_ptr + row * stride_dv_b + head_kv * stride_dv_h + i_key[:, None] * stride_dv_t
         tl.store(p_dk + i_d[None, :], dk.to(dk_ptr.dtype.element_ty), mask=m_stored[:, None] & m_d[None, :])
         tl.store(p_dv + i_dv[None, :], dv.to(dv_ptr.dtype.element_ty), mask=m_stored[:, None] & m_dv[None, :])
+
+
+@triton.jit
+def _key_block(
+    dk, dv, b_k, b_v, i_first, i_n, flat, start_q, shift, slot_end, row, i_head_kv,
+    q_ptr, grad_ptr, base_ptr, delta_ptr, slopes_ptr, bias_ptr,
+    stride_q_b, stride_q_t, stride_q_h, stride_g_t, stride_g_h,
+    scale, softcap, window, reach, total, i_d, i_dv, m_d, m_dv,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr,
+    WINDOW_ON_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """The part of the row's packed queries from `i_first` on, one block of them, in the gradient of keys `i_n`."""
+    i_m = i_first + tl.arange(0, BLOCK_M)  # [M]
+    i_t = i_m // GROUP
+    i_head = i_head_kv * GROUP + i_m % GROUP
+    head = i_head.to(tl.int64)
+    token = flat + i_t  # [M]
+    own_q = i_t + shift
+    return key_step(
+        dk, dv, b_k, b_v, i_t < slot_end, row * stride_q_b + (start_q + i_t) * stride_q_t + head * stride_q_h,
+        token * stride_g_t + head * stride_g_h, head * total + token, own_q, i_head, i_n[:, None], i_n, own_q,
+        q_ptr, grad_ptr, base_ptr, delta_ptr, slopes_ptr, bias_ptr,
+        scale, softcap, window, reach, i_d, i_dv, m_d, m_dv,
+        DENSE, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, BOUNDED, SWAPPED,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -188,30 +221,54 @@ def _query_part(
         p_pk = prefix_k_ptr + o_prompt * stride_pk_n + o_token * stride_pk_t + head_kv * stride_pk_h
         p_pv = prefix_v_ptr + o_prompt * stride_pv_n + o_token * stride_pv_t + head_kv * stride_pv_h
         last_t = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
-        prefix_begin, prefix_end, own_begin, own_end, _ = key_bounds(
+        whole_prefix, whole, masked_prefix, masked, prefix_begin, own_begin = key_blocks(
             i_tile * BLOCK_M // GROUP, last_t, shift, num_keys, num_prefix, window,
             BLOCK_N, CAUSAL, WINDOW, WINDOW_ON_PREFIX,
         )  # fmt: skip
-        prefix_blocks = tl.maximum(tl.cdiv(prefix_end, BLOCK_N) - prefix_begin, 0)
-        own_blocks = tl.maximum(tl.cdiv(own_end, BLOCK_N) - own_begin, 0)
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for i_block in range(prefix_blocks + own_blocks):
-            is_prefix = i_block < prefix_blocks
+        for i_block in range(whole):
+            is_prefix = i_block < whole_prefix
             b_k, b_v, own_k, m_n = load_keys(
-                tl.where(is_prefix, prefix_begin + i_block, own_begin + i_block - prefix_blocks), is_prefix,
+                i_block - tl.where(is_prefix, 0, whole_prefix), is_prefix,
+                p_k, p_v, p_pk, p_pv, stride_k_t, stride_v_t, stride_pk_t, stride_pv_t, num_keys, num_prefix,
+                i_d, i_dv, m_d, m_dv, BLOCK_N, False,
+            )  # fmt: skip
+            dq = _query_block(
+                dq, b_q, b_grad, b_k, b_v, base, delta, own_q, own_k, m_n, i_head, slopes_ptr, bias_ptr,
+                scale, softcap, window, reach, CAUSAL, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, False,
+            )  # fmt: skip
+        for i_block in range(masked):
+            is_prefix = i_block < masked_prefix
+            b_k, b_v, own_k, m_n = load_keys(
+                tl.where(is_prefix, prefix_begin + i_block, own_begin + i_block - masked_prefix), is_prefix,
                 p_k, p_v, p_pk, p_pv, stride_k_t, stride_v_t, stride_pk_t, stride_pv_t, num_keys, num_prefix,
                 i_d, i_dv, m_d, m_dv, BLOCK_N, True,
             )  # fmt: skip
-            qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
-            scores, slope = bend(
-                qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr,
-                scale, softcap, reach, SOFTCAP,
+            dq = _query_block(
+                dq, b_q, b_grad, b_k, b_v, base, delta, own_q, own_k, m_n, i_head, slopes_ptr, bias_ptr,
+                scale, softcap, window, reach, CAUSAL, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, True,
             )  # fmt: skip
-            seen = visible(own_q[:, None], own_k[None, :], m_n[None, :], window, CAUSAL, WINDOW, WINDOW_ON_PREFIX)
-            p = tl.where(seen, tl.exp2(scores - base[:, None]), 0.0)  # [M, N]
-            dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")  # [M, DV] @ [DV, N]
-            ds = p * (dp - delta[:, None]) * slope  # [M, N]
-            dq = tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision="ieee")  # [M, N] @ [N, D]
         o_dq = (token * (HEADS_KV * GROUP) + head) * DIM  # [M]
         tl.store(dq_ptr + o_dq[:, None] + i_d[None, :], (dq * scale).to(dq_ptr.dtype.element_ty),
                  mask=m_stored[:, None] & m_d[None, :])  # fmt: skip
+
+
+@triton.jit
+def _query_block(
+    dq, b_q, b_grad, b_k, b_v, base, delta, own_q, own_k, m_n, i_head, slopes_ptr, bias_ptr,
+    scale, softcap, window, reach,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WINDOW_ON_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):  # fmt: skip
+    """Add one block of keys' part of the gradient of one tile of queries, dq [M, D]."""
+    qk = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")  # [M, D] @ [D, N]
+    dp = tl.dot(b_grad, tl.trans(b_v), input_precision="ieee")  # [M, DV] @ [DV, N]
+    scores, slope = bend(
+        qk, own_q[:, None], own_k[None, :], i_head[:, None], slopes_ptr, bias_ptr, scale, softcap, reach, SOFTCAP
+    )
+    p = tl.exp2(scores - base[:, None])  # [M, N]
+    if MASKED:
+        seen = visible(own_q[:, None], own_k[None, :], m_n[None, :], window, CAUSAL, WINDOW, WINDOW_ON_PREFIX)
+        p = tl.where(seen, p, 0.0)
+    ds = p * (dp - delta[:, None]) * slope  # [M, N]
+    return tl.dot(ds.to(b_k.dtype), b_k, dq, input_precision="ieee")  # [M, N] @ [N, D]

@@ -207,38 +207,26 @@ def prefix_part(
         share = tl.cdiv(tl.cdiv(queries, BLOCK_M), splits) * BLOCK_M
         end = tl.minimum((i_split + 1) * share, queries)
         end = tl.where(within * BLOCK_N < num_prefix, end, 0)  # beyond a shorter prompt there is nothing to add
-        for i_first in range(i_split * share, end, BLOCK_M):
-            i_m = i_first + tl.arange(0, BLOCK_M)  # [M]
-            m_q = i_m < end
-            i_head = i_head_kv * GROUP + i_m % GROUP  # [M]
-            i_query = i_m // GROUP  # [M]
-            is_own = i_query < own
-            token = first_reader + i_query - own  # [M]
-            if order_ptr is not None:
-                token = tl.load(order_ptr + token, mask=m_q & (i_query >= own), other=0)  # [M]
-            own_q = i_query * 0
-            if place_ptr is not None:
-                own_q = tl.load(place_ptr + token, mask=m_q, other=0)  # [M]
-            if DENSE:
-                i_row = token // q_len
-                o_q = i_row.to(tl.int64) * stride_q_b + (token % q_len).to(tl.int64) * stride_q_t
-                if place_ptr is not None:
-                    own_q += k_len - q_len
-                    if bounds_ptr is not None:
-                        own_q -= tl.load(bounds_ptr + i_row, mask=m_q, other=0).to(tl.int32)
-            else:
-                if PREFIX == PREFIX_IN_ROWS:
-                    token = tl.where(is_own, source.to(tl.int32) + i_query, token)
-                    own_q = tl.where(is_own, i_query, own_q)
-                o_q = token.to(tl.int64) * stride_q_t
-            head = i_head.to(tl.int64)
-            own_k = i_n[:, None] - tl.where(is_own, 0, num_prefix)[None, :]  # [N, M]
-            dk, dv = key_step(
-                dk, dv, b_k, b_v, m_q, o_q + head * stride_q_h, token.to(tl.int64) * stride_g_t + head * stride_g_h,
-                head * total + token, own_q, i_head, own_k, i_n, tl.where(is_own, i_query, num_prefix),
-                q_ptr, grad_ptr, base_ptr, delta_ptr, slopes_ptr, bias_ptr,
-                scale, softcap, window, reach, i_d, i_dv, m_d, m_dv,
-                DENSE, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, CAUSAL and PREFIX == PREFIX_IN_ROWS, SWAPPED,
+        begin = i_split * share
+        if CAUSAL and PREFIX == PREFIX_IN_ROWS:
+            # Only the prompt row's own queries are bounded; its readers see all of it.
+            bounded = tl.minimum(tl.cdiv(own * GROUP, BLOCK_M) * BLOCK_M, end)
+            for i_first in range(begin, bounded, BLOCK_M):
+                dk, dv = _prefix_block(
+                    dk, dv, b_k, b_v, i_first, end, own, first_reader, source, num_prefix, i_n, i_head_kv,
+                    q_ptr, grad_ptr, base_ptr, delta_ptr, bounds_ptr, order_ptr, place_ptr, slopes_ptr, bias_ptr,
+                    stride_q_b, stride_q_t, stride_q_h, stride_g_t, stride_g_h,
+                    scale, softcap, window, reach, total, q_len, k_len, i_d, i_dv, m_d, m_dv,
+                    GROUP, BLOCK_M, DENSE, PREFIX, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, True, SWAPPED,
+                )  # fmt: skip
+            begin = tl.maximum(begin, bounded)
+        for i_first in range(begin, end, BLOCK_M):
+            dk, dv = _prefix_block(
+                dk, dv, b_k, b_v, i_first, end, own, first_reader, source, num_prefix, i_n, i_head_kv,
+                q_ptr, grad_ptr, base_ptr, delta_ptr, bounds_ptr, order_ptr, place_ptr, slopes_ptr, bias_ptr,
+                stride_q_b, stride_q_t, stride_q_h, stride_g_t, stride_g_h,
+                scale, softcap, window, reach, total, q_len, k_len, i_d, i_dv, m_d, m_dv,
+                GROUP, BLOCK_M, DENSE, PREFIX, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, False, SWAPPED,
             )  # fmt: skip
         if SWAPPED:
             dk, dv = tl.trans(dk), tl.trans(dv)  # [N, D], [N, DV]
@@ -262,6 +250,50 @@ def prefix_part(
             else:
                 tl.store(p_dk, dk, mask=m_dk)
                 tl.store(p_dv, dv, mask=m_dvs)
+
+
+@triton.jit
+def _prefix_block(
+    dk, dv, b_k, b_v, i_first, end, own, first_reader, source, num_prefix, i_n, i_head_kv,
+    q_ptr, grad_ptr, base_ptr, delta_ptr, bounds_ptr, order_ptr, place_ptr, slopes_ptr, bias_ptr,
+    stride_q_b, stride_q_t, stride_q_h, stride_g_t, stride_g_h,
+    scale, softcap, window, reach, total, q_len, k_len, i_d, i_dv, m_d, m_dv,
+    GROUP: tl.constexpr, BLOCK_M: tl.constexpr, DENSE: tl.constexpr, PREFIX: tl.constexpr, WINDOW: tl.constexpr,
+    WINDOW_ON_PREFIX: tl.constexpr, SOFTCAP: tl.constexpr, BOUNDED: tl.constexpr, SWAPPED: tl.constexpr,
+):  # fmt: skip
+    """The part of one block of the stream, packed queries from `i_first` on, in the gradient of keys `i_n`."""
+    i_m = i_first + tl.arange(0, BLOCK_M)  # [M]
+    m_q = i_m < end
+    i_head = i_head_kv * GROUP + i_m % GROUP  # [M]
+    i_query = i_m // GROUP  # [M]
+    is_own = i_query < own
+    token = first_reader + i_query - own  # [M]
+    if order_ptr is not None:
+        token = tl.load(order_ptr + token, mask=m_q & (i_query >= own), other=0)  # [M]
+    own_q = i_query * 0
+    if place_ptr is not None:
+        own_q = tl.load(place_ptr + token, mask=m_q, other=0)  # [M]
+    if DENSE:
+        i_row = token // q_len
+        o_q = i_row.to(tl.int64) * stride_q_b + (token % q_len).to(tl.int64) * stride_q_t
+        if place_ptr is not None:
+            own_q += k_len - q_len
+            if bounds_ptr is not None:
+                own_q -= tl.load(bounds_ptr + i_row, mask=m_q, other=0).to(tl.int32)
+    else:
+        if PREFIX == PREFIX_IN_ROWS:
+            token = tl.where(is_own, source.to(tl.int32) + i_query, token)
+            own_q = tl.where(is_own, i_query, own_q)
+        o_q = token.to(tl.int64) * stride_q_t
+    head = i_head.to(tl.int64)
+    own_k = i_n[:, None] - tl.where(is_own, 0, num_prefix)[None, :]  # [N, M]
+    return key_step(
+        dk, dv, b_k, b_v, m_q, o_q + head * stride_q_h, token.to(tl.int64) * stride_g_t + head * stride_g_h,
+        head * total + token, own_q, i_head, own_k, i_n, tl.where(is_own, i_query, num_prefix),
+        q_ptr, grad_ptr, base_ptr, delta_ptr, slopes_ptr, bias_ptr,
+        scale, softcap, window, reach, i_d, i_dv, m_d, m_dv,
+        DENSE, WINDOW, WINDOW_ON_PREFIX, SOFTCAP, BOUNDED, SWAPPED,
+    )  # fmt: skip
 
 
 @triton.jit

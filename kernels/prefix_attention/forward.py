@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ptengine.kernels.prefix_attention.device import LN2, LOG2E, bend, prefix_span, row_span, visible
-from ptengine.kernels.prefix_attention.key_blocks import key_bounds, load_keys
+from ptengine.kernels.prefix_attention.key_blocks import key_blocks, load_keys
 
 __all__ = ["combine_kernel", "forward_kernel"]
 
@@ -59,24 +59,12 @@ def forward_kernel(
     p_pk = prefix_k_ptr + o_prompt * stride_pk_n + o_token * stride_pk_t + head_kv * stride_pk_h
     p_pv = prefix_v_ptr + o_prompt * stride_pv_n + o_token * stride_pv_t + head_kv * stride_pv_h
 
-    # Blocks of keys in the order in which they are read: whole ones of the prefix, whole ones of the row, then the
-    # masked ones of both. A window masks everything it does not pass over.
     last_t = tl.minimum((i_tile * BLOCK_M + BLOCK_M - 1) // GROUP, num_queries - 1)
-    prefix_begin, prefix_end, own_begin, own_end, own_first = key_bounds(
+    whole_prefix, whole, masked_prefix, masked, prefix_begin, own_begin = key_blocks(
         i_tile * BLOCK_M // GROUP, last_t, shift, num_keys, num_prefix, window,
         BLOCK_N, CAUSAL, WINDOW, WINDOW_ON_PREFIX,
     )  # fmt: skip
-    whole_prefix = 0
-    whole_own = 0
-    if not WINDOW:
-        whole_prefix = prefix_end // BLOCK_N
-        whole_own = (tl.minimum(own_first + 1, own_end) if CAUSAL else own_end) // BLOCK_N
-        own_begin = whole_own
-        prefix_begin = whole_prefix
-    masked_prefix = tl.maximum(tl.cdiv(prefix_end, BLOCK_N) - prefix_begin, 0)
-    masked_own = tl.maximum(tl.cdiv(own_end, BLOCK_N) - own_begin, 0)
-    whole = whole_prefix + whole_own
-    blocks = whole + masked_prefix + masked_own
+    blocks = whole + masked
     share = tl.cdiv(blocks, SPLITS)
     first = i_split * share
     last = tl.minimum(first + share, blocks)

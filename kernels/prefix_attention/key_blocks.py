@@ -8,32 +8,44 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["key_bounds", "load_keys"]
+__all__ = ["key_blocks", "load_keys"]
 
 
 @triton.jit
-def key_bounds(
+def key_blocks(
     first_t, last_t, shift, num_keys, num_prefix, window,
     BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, WINDOW_ON_PREFIX: tl.constexpr,
 ):  # fmt: skip
-    """The keys that query slots `first_t` to `last_t` of a row may see.
+    """The blocks of keys that query slots `first_t` to `last_t` of a row read, in the order in which they are read.
 
-    Returns the first block and the end, in keys, of the prefix's and of the row's own, and the first query's index in
-    its row, at least 0. Nothing for a tile that is all padding; a window passes over whole blocks.
+    Whole blocks, which every one of these queries sees, of the prefix and then of the row; then those that need a mask,
+    of the prefix and then of the row. A window masks everything it does not pass over. Nothing is read for a tile that
+    is all padding.
+
+    Returns how many are whole of the prefix, whole in all, masked of the prefix, masked in all, and the first masked
+    block of the prefix and of the row.
     """
     own_first = tl.maximum(first_t + shift, 0)
     own_last = last_t + shift
     padding = (own_last < 0) | (own_first >= num_keys)
-    prefix_begin = own_first * 0
-    own_begin = own_first * 0
     prefix_end = tl.where(padding, 0, num_prefix)
     own_end = tl.where(padding, 0, tl.minimum(own_last + 1, num_keys) if CAUSAL else num_keys)
     if WINDOW:
-        own_begin = tl.maximum(own_first - window + 1, 0) // BLOCK_N
-        own_end = tl.minimum(own_end, own_last + window)
+        whole_prefix = own_first * 0
+        whole_own = own_first * 0
+        prefix_begin = own_first * 0
         if WINDOW_ON_PREFIX:
             prefix_begin = tl.maximum(num_prefix + own_first - window + 1, 0) // BLOCK_N
-    return prefix_begin, prefix_end, own_begin, own_end, own_first
+        own_begin = tl.maximum(own_first - window + 1, 0) // BLOCK_N
+        own_end = tl.minimum(own_end, own_last + window)
+    else:
+        whole_prefix = prefix_end // BLOCK_N
+        whole_own = (tl.minimum(own_first + 1, own_end) if CAUSAL else own_end) // BLOCK_N
+        prefix_begin = whole_prefix
+        own_begin = whole_own
+    masked_prefix = tl.maximum(tl.cdiv(prefix_end, BLOCK_N) - prefix_begin, 0)
+    masked_own = tl.maximum(tl.cdiv(own_end, BLOCK_N) - own_begin, 0)
+    return whole_prefix, whole_prefix + whole_own, masked_prefix, masked_prefix + masked_own, prefix_begin, own_begin
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 One forward and one backward operator for packed rows, and a pair for dense batches; `kernel` says whether the Triton
 kernels or the PyTorch path compute them. Options travel as plain arguments because operator schemas know no classes.
-Importing this module registers the implementations with the dispatcher, Triton's without importing Triton.
+Eager calls skip the operators, see `eager.shortcut`. Importing this module registers the implementations with the
+dispatcher, Triton's without importing Triton.
 """
 
 from __future__ import annotations
@@ -14,20 +15,13 @@ import torch
 from torch import Tensor
 
 from ptengine.kernels.dispatch import register
+from ptengine.kernels.eager import shortcut
 from ptengine.kernels.launch import register_kernel
 from ptengine.kernels.prefix_attention import reference, torch_path
 from ptengine.kernels.prefix_attention.plan import Plan, plan_dense, plan_varlen
 from ptengine.kernels.prefix_attention.scores import ScoreRules
 
 __all__: list[str] = []
-
-
-def _unpack(rules: ScoreRules) -> tuple[Any, ...]:
-    """In the order in which the operators take them, and `ScoreRules` too."""
-    return (
-        rules.causal, rules.scale, rules.window, rules.window_includes_prefix, rules.softcap,
-        rules.sinks, rules.alibi_slopes, rules.relative_bias,
-    )  # fmt: skip
 
 
 def _values(x: Tensor | None) -> tuple[int, ...] | None:
@@ -82,8 +76,7 @@ def _dense_layout(
     )  # fmt: skip
 
 
-@torch.library.custom_op("ptengine::prefix_attention_varlen", mutates_args=())
-def _varlen(
+def _attend_varlen(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
     cu_seqlens: Tensor, prompt_ids: Tensor | None, prefix_rows: Tensor | None, prefix_lengths: Tensor | None,
     causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
@@ -101,14 +94,16 @@ def _varlen(
     return torch_path.forward(q, k, v, prefix_k, prefix_v, plan, rules)
 
 
+_varlen = torch.library.custom_op("ptengine::prefix_attention_varlen", mutates_args=())(_attend_varlen)
+
+
 @_varlen.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])  # [total, H, D_v]
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=_lse_dtype(q))
 
 
-@torch.library.custom_op("ptengine::prefix_attention_varlen_backward", mutates_args=())
-def _varlen_backward(
+def _differentiate_varlen(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
     out: Tensor, lse: Tensor,
     cu_seqlens: Tensor, prompt_ids: Tensor | None, prefix_rows: Tensor | None, prefix_lengths: Tensor | None,
@@ -129,6 +124,11 @@ def _varlen_backward(
     return torch_path.backward(grad, q, k, v, prefix_k, prefix_v, out, lse, plan, rules, rows_need_grad)
 
 
+_varlen_backward = torch.library.custom_op("ptengine::prefix_attention_varlen_backward", mutates_args=())(
+    _differentiate_varlen
+)
+
+
 @_varlen_backward.register_fake
 def _(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None, *rest: Any
@@ -136,8 +136,7 @@ def _(
     return _fake_gradients(q, k, v, prefix_k, prefix_v, rest[-1])
 
 
-@torch.library.custom_op("ptengine::prefix_attention", mutates_args=())
-def _dense(
+def _attend_dense(
     q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
     key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
     causal: bool, scale: float, window: int | None, window_includes_prefix: bool, softcap: float | None,
@@ -157,14 +156,16 @@ def _dense(
     return out.unflatten(0, q.shape[:2]), lse.unflatten(1, q.shape[:2])
 
 
+_dense = torch.library.custom_op("ptengine::prefix_attention", mutates_args=())(_attend_dense)
+
+
 @_dense.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(*q.shape[:3], v.shape[3])  # [B, Tq, H, D_v]
     return out, q.new_empty(q.shape[2], *q.shape[:2], dtype=_lse_dtype(q))  # [H, B, Tq]
 
 
-@torch.library.custom_op("ptengine::prefix_attention_backward", mutates_args=())
-def _dense_backward(
+def _differentiate_dense(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None,
     out: Tensor, lse: Tensor,
     key_lengths: Tensor | None, key_starts: Tensor | None, prompt_ids: Tensor | None, prefix_lengths: Tensor | None,
@@ -190,6 +191,9 @@ def _dense_backward(
     if rows_need_grad:
         gradients[0] = gradients[0].unflatten(0, q.shape[:2])
     return gradients
+
+
+_dense_backward = torch.library.custom_op("ptengine::prefix_attention_backward", mutates_args=())(_differentiate_dense)
 
 
 @_dense_backward.register_fake
@@ -261,8 +265,12 @@ def _make_backward(operator: Any) -> Any:
     return backward
 
 
-_varlen.register_autograd(_make_backward(_varlen_backward), setup_context=_setup_context)
-_dense.register_autograd(_make_backward(_dense_backward), setup_context=_setup_context)
+_of_varlen = _make_backward(shortcut(_varlen_backward, _differentiate_varlen))
+_of_dense = _make_backward(shortcut(_dense_backward, _differentiate_dense))
+_varlen.register_autograd(_of_varlen, setup_context=_setup_context)
+_dense.register_autograd(_of_dense, setup_context=_setup_context)
+_call_varlen = shortcut(_varlen, _attend_varlen, _setup_context, _of_varlen)
+_call_dense = shortcut(_dense, _attend_dense, _setup_context, _of_dense)
 
 
 def _run_varlen(
@@ -270,10 +278,11 @@ def _run_varlen(
     cu_seqlens: Tensor, max_seqlen: int, *, prompt_ids: Tensor | None, prefix_rows: Tensor | None,
     prefix_lengths: Tensor | None, rules: ScoreRules, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _varlen(
-        q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, *_unpack(rules),
+    out, lse = _call_varlen(
+        q, k, v, prefix_k, prefix_v, cu_seqlens, prompt_ids, prefix_rows, prefix_lengths, *rules,
         max_seqlen, kernel, deterministic,
     )  # fmt: skip
+    return out, lse
 
 
 def _run_dense(
@@ -282,9 +291,9 @@ def _run_dense(
     rules: ScoreRules, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     # Token-major inside: the projections of a transformer leave q so, and the result is wanted so.
-    out, lse = _dense(
+    out, lse = _call_dense(
         q.transpose(1, 2), k, v, prefix_k, prefix_v, key_lengths, key_starts, prompt_ids, prefix_lengths,
-        *_unpack(rules), kernel, deterministic,
+        *rules, kernel, deterministic,
     )  # fmt: skip
     return out.transpose(1, 2), lse.transpose(0, 1)  # [B, H, Tq, D_v], [B, H, Tq]
 

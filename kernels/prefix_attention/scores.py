@@ -6,7 +6,7 @@ position i, token t of a row has position P_n + t. Rows without a prompt have P_
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,7 @@ from torch import Tensor
 __all__ = ["ScoreRules"]
 
 
-@dataclass(frozen=True)
-class ScoreRules:
+class ScoreRules(NamedTuple):
     """The keywords of the public functions that change scores; see their docstrings for the meaning of each."""
 
     causal: bool

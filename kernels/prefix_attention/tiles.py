@@ -1,8 +1,9 @@
 """Tile sizes by architecture, element width, head dimension and regime: a table, never tuned at run time.
 
 Regimes of the forward kernel: "decode", a tile holds all queries of a row and they are few, so the keys are split;
-"short", they fit one tile; "long", everything else. An architecture that is not in the table takes the entry of its
-nearest older relative.
+"short", they fit one tile; "medium", rows of up to 256 tokens, and "long", everything else. An architecture that is not
+in the table takes the entry of its nearest older relative. The 16-bit entries of sm_90 are the fastest without spills
+that benchmarks/tune_tiles.py found on an H200; the others are not measured.
 """
 
 from __future__ import annotations
@@ -63,19 +64,24 @@ _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
         "decode": Forward(16, 16, 8, 1), "short": Forward(16, 16, 8, 1), "long": Forward(16, 16, 8, 1),
     },
     ("sm_90", 16, 64): {
-        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
+        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 32, 4, 3), "medium": Forward(64, 32, 4, 3),
+        "long": Forward(64, 64, 4, 3),
     },
     ("sm_90", 16, 128): {
-        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
+        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 16, 4, 4), "medium": Forward(64, 16, 4, 4),
+        "long": Forward(128, 64, 8, 3),
     },
     ("sm_90", 16, 256): {
-        "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
+        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 16, 4, 3), "long": Forward(128, 32, 8, 3),
     },
     ("sm_90", 32, 64): {
         "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 2), "long": Forward(32, 16, 4, 1),
     },
     ("sm_90", 32, 128): {
         "decode": Forward(16, 16, 4, 1), "short": Forward(32, 16, 8, 1), "long": Forward(32, 16, 8, 1),
+    },
+    ("sm_100", 16, 256): {
+        "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
     },
     ("sm_100", 32, 128): {
         "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 2), "long": Forward(16, 16, 4, 2),
@@ -90,11 +96,16 @@ _BACKWARD: dict[tuple[str, int, int], Backward] = {
     ("sm_80", 32, 128): Backward(32, 16, 16, 32, 16, 32, 8, 1),
     ("sm_80", 32, 256): Backward(16, 16, 16, 16, 16, 16, 8, 1),
     ("sm_90", 32, 64): Backward(32, 16, 16, 32, 16, 32, 8, 1),
-    ("sm_90", 16, 64): Backward(64, 64, 64, 64, 64, 64, 4, 2),
-    ("sm_90", 16, 128): Backward(128, 64, 32, 128, 32, 128, 8, 2),
-    ("sm_90", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 2, swapped=True),
+    ("sm_90", 32, 128): Backward(16, 16, 16, 32, 16, 32, 8, 1),
+    ("sm_90", 16, 64): Backward(64, 64, 32, 64, 32, 64, 4, 1),
+    ("sm_90", 16, 128): Backward(128, 64, 32, 128, 32, 128, 8, 3),
+    ("sm_90", 16, 256): Backward(32, 32, 16, 32, 16, 32, 4, 3, swapped=True),
     ("sm_100", 32, 64): Backward(32, 16, 16, 32, 16, 32, 4, 1),
     ("sm_100", 16, 256): Backward(64, 32, 32, 32, 32, 32, 8, 1, swapped=True),
+}
+# Rows of up to 64 tokens: smaller tiles, of which several run side by side.
+_SHORT_BACKWARD: dict[tuple[str, int, int], Backward] = {
+    ("sm_90", 16, 128): Backward(64, 32, 16, 64, 32, 64, 4, 2),
 }
 # Where scores are bent or masked beyond causality, or heads fill their block only in part, more registers are taken.
 _BENT_BACKWARD: dict[tuple[str, int, int], Backward] = {
@@ -102,7 +113,8 @@ _BENT_BACKWARD: dict[tuple[str, int, int], Backward] = {
 }
 # The interpreter's time is in the number of blocks; small ones so that short tests see several.
 _INTERPRETED_FORWARD = {
-    "decode": Forward(16, 16, 4, 1), "short": Forward(32, 32, 4, 1), "long": Forward(64, 32, 4, 1),
+    "decode": Forward(16, 16, 4, 1), "short": Forward(32, 32, 4, 1), "medium": Forward(64, 32, 4, 1),
+    "long": Forward(64, 64, 4, 1),
 }  # fmt: skip
 _INTERPRETED_BACKWARD = Backward(32, 32, 64, 32, 64, 32, 4, 1)
 
@@ -111,15 +123,21 @@ def forward_tile(architecture: str, bits: int, dim: int, regime: str) -> Forward
     """The forward tile for elements of `bits` bits and a head dimension of `dim`, a power of two."""
     if architecture == "interpreter":
         return _INTERPRETED_FORWARD[regime]
-    return _FORWARD[_key(_FORWARD, architecture, bits, dim)][regime]
+    entry = _FORWARD[_key(_FORWARD, architecture, bits, dim)]
+    return entry.get(regime, entry["long"])
 
 
-def backward_tile(architecture: str, bits: int, dim: int, plain: bool) -> Backward:
-    """The backward tiles, arguments as in `forward_tile`; `plain` means no window, bias or cap, and heads of `dim`."""
+def backward_tile(architecture: str, bits: int, dim: int, longest: int, plain: bool) -> Backward:
+    """The backward tiles, arguments as in `forward_tile`.
+
+    `longest` is the longest row in tokens; `plain` means no window, bias or cap, and heads of `dim`.
+    """
     if architecture == "interpreter":
         return _INTERPRETED_BACKWARD
     key = _key(_BACKWARD, architecture, bits, dim)
-    return _BACKWARD[key] if plain else _BENT_BACKWARD.get(key, _BACKWARD[key])
+    if not plain:
+        return _BENT_BACKWARD.get(key, _BACKWARD[key])
+    return _SHORT_BACKWARD.get(key, _BACKWARD[key]) if longest <= 64 else _BACKWARD[key]
 
 
 def architectures() -> set[str]:

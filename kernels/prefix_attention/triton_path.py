@@ -6,13 +6,13 @@ one whose last dimension is not contiguous is copied first.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ptengine.kernels import launch
+from ptengine.kernels.launch import ceil_div, power_of_two
 from ptengine.kernels.prefix_attention import device
 from ptengine.kernels.prefix_attention.backward import backward_kernel
 from ptengine.kernels.prefix_attention.backward_prefix import prepare_kernel, reduce_kernel
@@ -29,8 +29,13 @@ _PREPARE_ROWS = 128  # rows looked at together when lengths are summed
 _REDUCE_ROWS = 16  # keys whose partial gradients one program sums
 
 
-@dataclass(frozen=True)
-class Layout:
+# As plain numbers: comparing Triton's constants costs the host microseconds.
+_NO_PREFIX, _PREFIX_APART, _PREFIX_IN_ROWS = (
+    mode.value for mode in (device.NO_PREFIX, device.PREFIX_APART, device.PREFIX_IN_ROWS)
+)
+
+
+class Layout(NamedTuple):
     """How rows lie in memory and which prefix they read.
 
     A packed call: q [total, H, D], k and v [total, H_kv, D], `bounds` = cu_seqlens, `q_len` = `k_len` = max_seqlen.
@@ -70,15 +75,18 @@ def forward(
     group = heads // heads_kv
     queries = layout.q_len * group
     width, width_v = _width(dim), _width(dim_v)
-    regime = "decode" if queries <= _DECODE_QUERIES else "short" if queries <= 64 else "long"
+    if queries <= 64:
+        regime = "decode" if queries <= _DECODE_QUERIES else "short"
+    else:
+        regime = "medium" if layout.k_len <= 256 else "long"
     tile = forward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), regime)
-    num_tiles = triton.cdiv(queries, tile.block_m)
+    num_tiles = ceil_div(queries, tile.block_m)
     prefix_len = 0 if prefix_k is None else prefix_k.shape[1]
     splits = 1
     if regime == "decode":
-        blocks = triton.cdiv(prefix_len, tile.block_n) + triton.cdiv(layout.k_len, tile.block_n)
-        wanted = triton.cdiv(2 * launch.multiprocessors(q.device), layout.rows * heads_kv)
-        splits = min(_power_of_two(wanted), _power_of_two(blocks), _MAX_SPLITS)
+        blocks = ceil_div(prefix_len, tile.block_n) + ceil_div(layout.k_len, tile.block_n)
+        wanted = ceil_div(2 * launch.multiprocessors(q.device), layout.rows * heads_kv)
+        splits = min(power_of_two(wanted), power_of_two(blocks), _MAX_SPLITS)
     part, part_lse = out, lse
     if splits > 1:
         part = q.new_empty(splits, total, heads, dim_v, dtype=torch.float32)
@@ -97,7 +105,7 @@ def forward(
     )  # fmt: skip
     if splits > 1:
         combine_kernel[(total * heads,)](
-            part, part_lse, out, lse, total, heads, dim_v, width_v, splits, _power_of_two(splits),
+            part, part_lse, out, lse, total, heads, dim_v, width_v, splits, power_of_two(splits),
             num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return out, lse
@@ -142,17 +150,17 @@ def backward(
     biases = _biases(rules)
     positional = window is not None or any(x is not None for x in biases)
     plain = not positional and rules.softcap is None and (dim, dim_v) == (width, width_v)
-    tile = backward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), plain)
+    tile = backward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), layout.k_len, plain)
 
-    ordered = layout.prompts is not None and mode != device.NO_PREFIX
-    placed = mode != device.NO_PREFIX and positional
+    ordered = layout.prompts is not None and mode != _NO_PREFIX
+    placed = mode != _NO_PREFIX and positional
     groups = layout.rows if layout.in_rows else prompts
     base, delta = torch.empty_like(lse), torch.empty_like(lse)
     order = q.new_empty(total, dtype=torch.int32) if ordered else None
     offsets = q.new_empty(groups + 1, dtype=torch.int32) if ordered else None
     place = q.new_empty(total, dtype=torch.int32) if placed else None
     pairs = _PREPARE_ELEMENTS // width_v
-    delta_tiles = triton.cdiv(total * heads, pairs)
+    delta_tiles = ceil_div(total * heads, pairs)
     row_programs = layout.rows if ordered or placed else 0
     prepare_kernel[(delta_tiles + row_programs + (groups + 1 if ordered else 0),)](
         grad, out, lse, base, delta, layout.bounds, layout.prompts, order, offsets, place,
@@ -163,10 +171,10 @@ def backward(
 
     # A prefix's block is cut among programs until this many have work; more programs only where there are more blocks.
     wanted = 2 * launch.multiprocessors(q.device)
-    if mode == device.PREFIX_IN_ROWS:
+    if mode == _PREFIX_IN_ROWS:
         blocks = total // tile.prefix_n + layout.rows  # at most: which rows are read, only the device knows
     else:
-        blocks = prompts * triton.cdiv(prefix_len, tile.prefix_n)
+        blocks = prompts * ceil_div(prefix_len, tile.prefix_n)
     programs = max(wanted, blocks * heads_kv) if blocks else 0
     part_k = part_v = None
     if programs:
@@ -176,8 +184,8 @@ def backward(
         )
     key_tiles = query_tiles = 0
     if rows_need_grad:
-        key_tiles = triton.cdiv(layout.k_len, tile.key_n)
-        query_tiles = triton.cdiv(layout.q_len * group, tile.query_m)
+        key_tiles = ceil_div(layout.k_len, tile.key_n)
+        query_tiles = ceil_div(layout.q_len * group, tile.query_m)
     dq, dk, dv = rows or (None, None, None)
     dpk, dpv = prefixes or (None, None)
     of_keys = (0,) * 6
@@ -199,11 +207,11 @@ def backward(
         tile.swapped, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True,
     )  # fmt: skip
     if programs:
-        reduce_kernel[(wanted * triton.cdiv(tile.prefix_n, _REDUCE_ROWS),)](
+        reduce_kernel[(wanted * ceil_div(tile.prefix_n, _REDUCE_ROWS),)](
             part_k, part_v, dk, dv, dpk, dpv, layout.bounds, offsets,
             of_keys[1], of_keys[2], of_keys[4], of_keys[5], layout.rows, prompts, prefix_len, wanted,
             heads_kv, dim, dim_v, width, width_v, tile.prefix_n, _REDUCE_ROWS, _PREPARE_ROWS, mode, not deterministic,
-            num_warps=4, enable_fp_fusion=True,
+            num_warps=8 if max(width, width_v) > 128 else 4, enable_fp_fusion=True,
         )  # fmt: skip
     return rows + prefixes
 
@@ -220,17 +228,13 @@ def _unit_strides(prefix_k: Tensor | None, prefix_v: Tensor | None) -> tuple[Ten
 
 def _width(dim: int) -> int:
     """The block that holds a head: a power of two of at least 16, the least a product takes."""
-    return max(16, triton.next_power_of_2(dim))
-
-
-def _power_of_two(count: int) -> int:
-    return triton.next_power_of_2(max(count, 1))
+    return max(16, power_of_two(dim))
 
 
 def _prefix_mode(layout: Layout, prefix_k: Tensor | None) -> int:
     if layout.in_rows:
-        return device.PREFIX_IN_ROWS.value
-    return (device.NO_PREFIX if prefix_k is None else device.PREFIX_APART).value
+        return _PREFIX_IN_ROWS
+    return _NO_PREFIX if prefix_k is None or prefix_k.shape[1] == 0 else _PREFIX_APART
 
 
 def _prefix_pointers(k: Tensor, v: Tensor, prefix_k: Tensor | None, prefix_v: Tensor | None) -> tuple[Tensor, Tensor]:
