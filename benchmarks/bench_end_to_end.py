@@ -35,6 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import ptengine
 from ptengine.backbone import VirtualTokens, pack_padded, packed_loss
 from ptengine.files import write_json_atomic
+from ptengine.garbage import settled_objects
 
 LEARNING_RATE = 1e-3
 LOSS_STEPS = 30
@@ -216,12 +217,13 @@ def measure(make: Callable[[], Step], tokens: int, repeats: int, device: torch.d
         step = make()
         peak = op_timing.peak_bytes(step, device)
         seconds = []
-        for _ in range(repeats):
-            synchronize(device)
-            start = time.perf_counter()
-            step()
-            synchronize(device)
-            seconds.append(time.perf_counter() - start)
+        with settled_objects():  # as in ptengine's trainer, for both sides
+            for _ in range(repeats):
+                synchronize(device)
+                start = time.perf_counter()
+                step()
+                synchronize(device)
+                seconds.append(time.perf_counter() - start)
     except Exception as error:  # of PEFT too; out of memory is a result
         return {"error": first_line(error)}
     median = statistics.median(seconds)

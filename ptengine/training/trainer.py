@@ -24,6 +24,7 @@ from ptengine.backbone.spec import backbone_spec
 from ptengine.data import EncodedRow, Task
 from ptengine.errors import InputError
 from ptengine.files import make_directory
+from ptengine.garbage import settled_objects
 from ptengine.prompts.base import Prompt
 from ptengine.training.checkpoints import Checkpoint, checkpoint_steps, newest_checkpoint, read_checkpoint
 from ptengine.training.config import TrainingConfig
@@ -199,7 +200,8 @@ class Trainer:
                     tensorboard=self.config.report_to == "tensorboard",
                 ) as journal:
                     try:
-                        run.go(journal, interruption)
+                        with settled_objects():
+                            run.go(journal, interruption)
                         result = self._finish(run, journal, started)
                     except Interrupted:
                         journal.record("interrupted", run.progress.step, run.epoch, {})

@@ -1,0 +1,61 @@
+"""The collector during a run: old objects settled, new cycles collected, and everything as before afterwards."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ptengine.garbage import settled_objects
+from ptengine.training.run import Run
+
+from . import tiny
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.me = self
+
+
+def test_old_objects_are_settled_and_new_cycles_collected() -> None:
+    assert gc.get_freeze_count() == 0
+    with settled_objects():
+        assert gc.get_freeze_count() > 1000
+        seen = weakref.ref(Cycle())
+        gc.collect()
+        assert seen() is None
+    assert gc.get_freeze_count() == 0
+
+
+def test_an_error_settles_nothing_for_good() -> None:
+    with pytest.raises(KeyError), settled_objects():
+        raise KeyError
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_the_caller_froze_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        count = gc.get_freeze_count()
+        with settled_objects():
+            pass
+        assert gc.get_freeze_count() >= count - 10  # some of them may have died
+    finally:
+        gc.unfreeze()
+
+
+def test_a_run_is_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    original = Run.go
+
+    def go(self: Run, *args: Any) -> None:
+        counts.append(gc.get_freeze_count())
+        original(self, *args)
+
+    monkeypatch.setattr(Run, "go", go)
+    tiny.trainer(tmp_path, max_steps=1).fit()
+    assert counts[0] > 1000
+    assert gc.get_freeze_count() == 0
