@@ -14,7 +14,7 @@ out=${OUT:-gpu-suite}
 minutes=10
 all=(tests determinism sanitizer kernels end_to_end)
 named=()
-declare -A share=([tests]=40 [determinism]=6 [sanitizer]=12 [kernels]=26 [end_to_end]=16)
+declare -A share=([tests]=28 [determinism]=6 [sanitizer]=10 [kernels]=36 [end_to_end]=20)
 
 usage() { echo "gpu_suite.sh: $1; see the head of $root/benchmarks/gpu_suite.sh" >&2; exit 2; }
 while (($#)); do
@@ -63,7 +63,7 @@ left() { echo $((stage_end - SECONDS)); }
 # side where pytest-xdist is.
 run_tests() {
     local workers=()
-    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 8); fi
+    if "$python" -c 'import xdist' 2>/dev/null; then workers=(-n 14); fi
     report+=(--junit "$details/$stage.xml")
     rm -f "$details/$stage.xml"
     cd "$root"
@@ -71,7 +71,8 @@ run_tests() {
         "${workers[@]+"${workers[@]}"}" --junit-xml="$details/$stage.xml" -k "$1" \
         tests/kernels/test_prefix_attention_triton.py tests/kernels/test_linear_cross_entropy_triton.py \
         tests/kernels/test_prefix_concat_triton.py tests/kernels/test_prefix_concat_varlen.py \
-        tests/kernels/test_prefix_concat_paged.py
+        tests/kernels/test_prefix_concat_paged.py tests/kernels/test_rms_norm.py \
+        tests/kernels/test_gated_activation.py tests/kernels/test_rotary.py
 }
 stage_tests() { run_tests "not (bitwise or same_bits)"; }
 stage_determinism() { run_tests "bitwise or same_bits"; } # 250 repeats each
@@ -112,9 +113,10 @@ stage_kernels() {
     local whole
     whole=$(left)
     report+=(--results)
-    kernel_benchmark prefix_concat $((whole / 6))
-    kernel_benchmark linear_cross_entropy $((whole / 6))
-    kernel_benchmark prefix_attention $(($(left) - 15)) --graph --warm 8
+    kernel_benchmark prefix_concat $((whole / 10))
+    kernel_benchmark linear_cross_entropy $((whole / 10))
+    kernel_benchmark frozen_layers $((whole / 14))
+    kernel_benchmark prefix_attention $(($(left) - 15)) --graph --warm 14 --repeats 9
 }
 
 stage_end_to_end() {
