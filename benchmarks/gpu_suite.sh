@@ -123,7 +123,7 @@ stage_end_to_end() {
     report+=(--results "$out/end_to_end.json")
     rm -f "$out/end_to_end.json"
     run "$(left)" "$stage" "$python" "$bench/bench_end_to_end.py" --device cuda --dtype bfloat16 \
-        --seconds $(($(left) - 30)) --json "$out/end_to_end.json" --png "$out/end_to_end.png"
+        --seconds $(($(left) - 30)) --json "$out/end_to_end.json" --png "$details/end_to_end.png"
 }
 
 wanted=()

@@ -430,9 +430,18 @@ def test_the_sweep_is_whole_and_its_first_cases_tell_most() -> None:
     assert {case.virtual for case in cases} == {16, 64, 128, 256, 512}
     assert {max(case.lengths) for case in cases} == {32, 64, 128, 256, 512, 1024, 2048, 4096}
     assert {sum(case.lengths) for case in cases} == {16384}
-    telling = [bench_prefix_attention.telling(case) for case in cases]
-    assert telling == sorted(telling, reverse=True)
-    assert {case.shape for case in cases[:81]} == {"32/8/128", "12/12/64", "16/16/256"}
+    for begin, phase in ((0, "forward+backward"), (120, "forward"), (240, "backward")):
+        part = cases[begin : begin + 120]
+        assert {case.phase for case in part} == {phase}
+        assert [bench_prefix_attention.telling(case) for case in part] == [True] * 27 + [False] * 93
+        assert {case.shape for case in part[:27]} == {"32/8/128", "12/12/64", "16/16/256"}
+
+
+def test_where_a_case_is_not_telling_the_slow_ways_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_prefix_attention, "operands", lambda *_: pytest.fail("expected no operands"))
+    case = next(case for case in bench_prefix_attention.sweep() if not bench_prefix_attention.telling(case))
+    with pytest.raises(op_timing.Refused, match="measured at P in"):
+        bench_prefix_attention.prepare(case, "expand+cat eager", torch.device("cuda"), torch.bfloat16)
 
 
 def test_the_limit_of_attention_counts_what_must_be_done() -> None:

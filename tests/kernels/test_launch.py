@@ -44,7 +44,7 @@ def test_every_table_serves_every_machine() -> None:
             for dim in (16, 64, 128, 256):
                 for longest in (64, 65):
                     tile = attention_tiles.backward_tile(name, bits, dim, longest, plain=bits == 16)
-                    assert tile.num_warps in (4, 8)
+                    assert tile.num_warps in (4, 8, 16)
                 for regime in ("decode", "short", "medium", "long"):
                     assert attention_tiles.forward_tile(name, bits, dim, regime).block_m >= 16
         assert loss_tiles.chunk_tile(name, 1).columns > 0
