@@ -194,6 +194,7 @@ def run_broken():
 SCRIPT = """
 import importlib, json, os, sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 import aot_calls, aot_measure, aot_rules, compile_tiles, torch, triton
 from aot_calls import Call
@@ -217,6 +218,18 @@ result["violations"] = {
 result["signature"] = one.signature
 result["divisible"] = sorted(one.function.arg_names[path[0]] for path, found in one.attributes.items() if found)
 result["constants"] = {one.function.arg_names[path[0]]: repr(value) for path, value in one.constants.items()}
+
+
+def kernels(lengths, **options):
+    call = partial(aot_calls._packed, torch.bfloat16, 32, 8, 128, lengths=lengths, **options)
+    return sorted(one.key for one in record(TARGETS["sm_90"], call))
+
+
+result["kernels of other lengths"] = [
+    kernels(lengths, window=lengths[0] - 9, prefix=prefix)
+    for prefix in ("rows", "N prompts")
+    for lengths in ((100, 257, 1, 129), (96, 272, 16, 16))
+]
 
 # Every entry of every table of tiles is asked for by some call.
 asked = set()
@@ -312,6 +325,15 @@ def test_a_launch_is_recorded_as_triton_would_compile_it(toy):
     }  # fmt: skip
     assert toy["divisible"] == ["out_ptr", "stride_x", "stride_y", "x_ptr", "y_ptr"]
     assert toy["constants"] == {"bias_ptr": "None", "columns": "1", "M": "64", "N": "64"}
+
+
+@needs_triton
+def test_attention_is_not_compiled_anew_for_other_lengths(toy):
+    """Triton specialises counts for 1 and multiples of 16 unless told not to: seconds of waiting for many a batch."""
+    rows, other_rows, prompts, other_prompts = toy["kernels of other lengths"]
+    assert rows == other_rows
+    assert prompts == other_prompts
+    assert len(rows) == 4
 
 
 @needs_triton

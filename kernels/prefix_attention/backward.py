@@ -11,14 +11,22 @@ import triton
 import triton.language as tl
 
 from ptengine.kernels.prefix_attention.backward_prefix import prefix_part
-from ptengine.kernels.prefix_attention.device import NO_PREFIX, PREFIX_IN_ROWS, bend, prefix_span, row_span, visible
+from ptengine.kernels.prefix_attention.device import (
+    COUNTS,
+    NO_PREFIX,
+    PREFIX_IN_ROWS,
+    bend,
+    prefix_span,
+    row_span,
+    visible,
+)
 from ptengine.kernels.prefix_attention.key_blocks import key_blocks, load_keys
 from ptengine.kernels.prefix_attention.key_step import accumulators, key_step
 
 __all__ = ["backward_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "rows", "prompts", "prefix_programs", "wanted", "key_tiles", "query_tiles"])
 def backward_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, grad_ptr, base_ptr, delta_ptr,
     dq_ptr, dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, part_k_ptr, part_v_ptr,

@@ -16,7 +16,7 @@ from ptengine.kernels.prefix_attention.key_step import accumulators, key_step
 __all__ = ["prefix_part", "prepare_kernel", "reduce_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "rows", "groups", "q_len", "num_tiles"])
 def prepare_kernel(
     grad_ptr, out_ptr, lse_ptr, base_ptr, delta_ptr, bounds_ptr, prompts_ptr, order_ptr, offsets_ptr, place_ptr,
     stride_g_t, stride_g_h, total, rows, groups, q_len, num_tiles,
@@ -315,7 +315,7 @@ def _store_prefix(
     tl.store(p_dv[:, None] + i_dv[None, :], dv.to(p_dv.dtype.element_ty), mask=m_n[:, None] & m_dv[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "prompts", "prefix_len", "wanted"])
 def reduce_kernel(
     part_k_ptr, part_v_ptr, dk_ptr, dv_ptr, dpk_ptr, dpv_ptr, bounds_ptr, offsets_ptr,
     stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, rows, prompts, prefix_len, wanted,

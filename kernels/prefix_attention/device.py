@@ -17,6 +17,10 @@ PREFIX_APART = tl.constexpr(1)
 PREFIX_IN_ROWS = tl.constexpr(2)
 
 
+# Arguments that change from batch to batch: nothing is gained by compiling for 1 or for multiples of 16 anew.
+COUNTS = ("window", "reach", "total", "q_len", "k_len", "prefix_len")
+
+
 @triton.jit
 def row_span(i_row, bounds_ptr, ends_ptr, q_len, k_len, DENSE: tl.constexpr):
     """Where row `i_row` lies.

@@ -10,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ptengine.kernels.prefix_attention.device import LN2, LOG2E, bend, prefix_span, row_span, visible
+from ptengine.kernels.prefix_attention.device import COUNTS, LN2, LOG2E, bend, prefix_span, row_span, visible
 from ptengine.kernels.prefix_attention.key_blocks import key_blocks, load_keys
 
 __all__ = ["combine_kernel", "forward_kernel"]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[*COUNTS, "num_tiles"])
 def forward_kernel(
     q_ptr, k_ptr, v_ptr, prefix_k_ptr, prefix_v_ptr, out_ptr, lse_ptr,
     bounds_ptr, ends_ptr, prompts_ptr, lengths_ptr, sinks_ptr, slopes_ptr, bias_ptr,
@@ -138,7 +138,7 @@ def _attend(
     return acc, b_max, total_p
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def combine_kernel(
     part_ptr, part_lse_ptr, out_ptr, lse_ptr, total,
     HEADS: tl.constexpr, DIM_V: tl.constexpr, BLOCK_DV: tl.constexpr, SPLITS: tl.constexpr, BLOCK_S: tl.constexpr,

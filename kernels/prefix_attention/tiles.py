@@ -58,7 +58,7 @@ _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
         "decode": Forward(16, 32, 4, 1), "short": Forward(32, 32, 4, 2), "long": Forward(32, 32, 4, 2),
     },
     ("sm_80", 32, 128): {
-        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 1), "long": Forward(16, 16, 4, 1),
+        "decode": Forward(16, 16, 4, 2), "short": Forward(16, 16, 4, 1), "long": Forward(16, 16, 4, 1),
     },
     ("sm_80", 32, 256): {
         "decode": Forward(16, 16, 8, 1), "short": Forward(16, 16, 8, 1), "long": Forward(16, 16, 8, 1),
@@ -80,11 +80,18 @@ _FORWARD: dict[tuple[str, int, int], dict[str, Forward]] = {
     ("sm_90", 32, 128): {
         "decode": Forward(16, 16, 4, 1), "short": Forward(32, 16, 8, 1), "long": Forward(32, 16, 8, 1),
     },
+    ("sm_100", 16, 64): {
+        "decode": Forward(16, 64, 4, 3), "short": Forward(64, 64, 4, 3), "long": Forward(128, 64, 8, 3),
+    },
+    ("sm_100", 16, 128): {
+        "decode": Forward(16, 64, 4, 2), "short": Forward(64, 16, 4, 4), "medium": Forward(64, 16, 4, 4),
+        "long": Forward(128, 64, 8, 3),
+    },
     ("sm_100", 16, 256): {
         "decode": Forward(16, 32, 4, 3), "short": Forward(64, 32, 8, 2), "long": Forward(64, 32, 8, 2),
     },
     ("sm_100", 32, 128): {
-        "decode": Forward(16, 16, 4, 1), "short": Forward(16, 16, 4, 2), "long": Forward(16, 16, 4, 2),
+        "decode": Forward(16, 16, 4, 2), "short": Forward(16, 16, 4, 2), "long": Forward(16, 16, 4, 2),
     },
 }  # fmt: skip
 

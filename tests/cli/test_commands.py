@@ -315,7 +315,7 @@ def test_doctor_says_whose_tiles_an_unknown_gpu_takes() -> None:
     from ptengine.commands.doctor import tile_report
 
     assert tile_report("sm_120")[0] == (
-        "prefix_attention on sm_120: tiles those of sm_90, the nearest, since the table has none of its own"
+        "prefix_attention on sm_120: tiles those of sm_100, the nearest, since the table has none of its own"
     )
     assert "linear_cross_entropy on sm_90: tiles its own" in tile_report("sm_90")
 
