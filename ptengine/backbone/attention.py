@@ -17,13 +17,60 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from ptengine.backbone import last_layer
-from ptengine.errors import InputError
+from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 
-__all__ = ["IMPLEMENTATION", "KEYWORD", "PrefixContext", "packed_attention"]
+__all__ = ["IMPLEMENTATION", "KEYWORD", "Observed", "PrefixContext", "packed_attention"]
 
 IMPLEMENTATION = "ptengine"  # the name under which both functions are registered with transformers
 KEYWORD = "ptengine_prefix"  # the keyword of the model call
+
+# Keywords that families hand through to attention and that do not change a score. Any other is refused: it may.
+_HARMLESS = frozenset({
+    "cache_position", "deterministic", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions",
+    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
+    "return_dict", "use_cache",
+})  # fmt: skip
+
+
+_UNTOLD: Any = object()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What one layer handed to attention in the trial forward.
+
+    Attributes:
+        module: the attention module.
+        layer: its index.
+        key: (H_kv, D).
+        value: (H_kv, D_v).
+        num_heads: H.
+        causal: whether a token sees only what stands before it.
+        window, softcap, sinks: the rules its scores follow, None and False where it has none.
+    """
+
+    module: nn.Module
+    layer: int
+    key: tuple[int, int]
+    value: tuple[int, int]
+    num_heads: int
+    causal: bool
+    window: int | None
+    softcap: float | None
+    sinks: bool
+
+
+@dataclass(frozen=True)
+class _Rules:
+    """What a layer's scores follow besides scale and causality."""
+
+    window: int | None = None
+    softcap: float | None = None
+    sinks: Tensor | None = None  # [H]
+
+    def keywords(self) -> dict[str, Any]:
+        return {"window": self.window, "softcap": self.softcap, "sinks": self.sinks}
 
 
 @dataclass(frozen=True)
@@ -41,6 +88,7 @@ class PrefixContext:
         key_starts: int32 [B], the first key that is a token in each row of a left-padded stock batch.
         hidden_rows: int64 [n] ascending: the packed positions whose last hidden state is wanted, None for all.
         captured: where to put each layer's keys and values [T, H_kv, D] of a packed call, by layer.
+        observed: where to put what each layer handed to attention, in the order of the calls.
     """
 
     keys: tuple[Tensor, ...] | None = None
@@ -53,6 +101,7 @@ class PrefixContext:
     key_starts: Tensor | None = None
     hidden_rows: Tensor | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
+    observed: list[Observed] | None = None
 
     def prefix(self, layer: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """[N, P, H_kv, D] of one layer, in the dtype of the call."""
@@ -69,39 +118,59 @@ def _attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: Any = _UNTOLD,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     ptengine_prefix: PrefixContext | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, [B, Tq, H, D_v]."""
     context = ptengine_prefix
     last_layer.announce(module, None if context is None else context.hidden_rows)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
     if context is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
+        if softcap is None and s_aux is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask,
+                dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
+            )  # fmt: skip
+        return _eager(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux), None
+    if sliding_window is _UNTOLD:  # some families tell their mask alone; None is a layer without a window
+        sliding_window = getattr(module, "sliding_window", None)
+    rules = _rules(sliding_window, softcap, s_aux, kwargs)
     _check_dropout(dropout)
     device = query.device.type
     if torch.is_autocast_enabled(device):
         # As the stock SDPA under autocast: rotary embeddings leave float32 queries and keys beside bf16 values.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
-    causal = bool(getattr(module, "is_causal", True))
     if context.cu_seqlens is None:
         prefix_k, prefix_v = context.prefix(module.layer_idx, query.dtype)  # type: ignore[arg-type]
         out = prefix_attention(
             query, key, value, prefix_k, prefix_v,
             key_starts=_per_row(context.key_starts, query.shape[0]),
             prompt_ids=None if prefix_k is None else _per_row(context.prompt_ids, query.shape[0]),
-            prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling,
+            prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling, **rules.keywords(),
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None  # [B, Tq, H, D_v]
     # Squeezed, not indexed: the gradient of an index is a copy into zeros.
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [N, H, D], [N, H_kv, D], [N, H_kv, D_v]
-    return _packed(module, q, k, v, context, scaling, causal)[None], None  # [1, N, H, D_v]
+    if context.observed is not None:
+        _refuse_changed_mask(attention_mask)
+        context.observed.append(_observe(module, q, k, v, causal, rules))
+    return _packed(module, q, k, v, context, scaling, causal, rules)[None], None  # [1, N, H, D_v]
 
 
 def packed_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: PrefixContext, scale: float, dropout: float
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: PrefixContext,
+    scale: float,
+    dropout: float,
+    sliding_window: int | None = None,
 ) -> Tensor:
     """What the attention function does in a packed call, for callers that hold tokens first: out [N, H, D_v].
 
@@ -113,10 +182,11 @@ def packed_attention(
         context: of a packed call.
         scale: of the scores.
         dropout: the module's own, which must be 0.
+        sliding_window: the layer's, None for none.
     """
     last_layer.announce(module, context.hidden_rows)
     _check_dropout(dropout)
-    return _packed(module, q, k, v, context, scale, causal=True)
+    return _packed(module, q, k, v, context, scale, True, _rules(sliding_window, None, None, {}))
 
 
 def _check_dropout(dropout: float) -> None:
@@ -127,8 +197,91 @@ def _check_dropout(dropout: float) -> None:
         )
 
 
+def _rules(window: Any, softcap: float | None, sinks: Tensor | None, others: dict[str, Any]) -> _Rules:
+    """The rules of one layer's scores.
+
+    Raises:
+        UnsupportedModelError: a keyword that may change scores and is not known.
+    """
+    unknown = sorted(name for name, value in others.items() if value is not None and name not in _HARMLESS)
+    if unknown:
+        raise UnsupportedModelError(
+            f"its attention is handed {', '.join(unknown)}, which may change scores and is not known to ptengine"
+        )
+    if window is not None and not isinstance(window, int):
+        raise UnsupportedModelError(f"expected a sliding window in tokens, got {window!r}")
+    # Both count the query itself: HF shows key k to query q where q - window < k <= q. Some layers without a window
+    # hand over 0 or -1.
+    return _Rules(window if window is not None and window > 0 else None, softcap, sinks)
+
+
+def _refuse_changed_mask(mask: Tensor | None) -> None:
+    """Packed calls hand over a mask of one element, which every layer must get as it was."""
+    if mask is not None and (mask.numel() != 1 or mask.dtype != torch.bool):
+        raise UnsupportedModelError(
+            f"it changes the attention mask before attention (to {list(mask.shape)}, {mask.dtype}), so that scores "
+            "depend on more than ptengine is told"
+        )
+
+
+def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, rules: _Rules) -> Observed:
+    layer = getattr(module, "layer_idx", None)
+    if not isinstance(layer, int):
+        raise UnsupportedModelError("its attention modules do not say which layer they are in")
+    return Observed(
+        module=module,
+        layer=layer,
+        key=(k.shape[1], k.shape[2]),
+        value=(v.shape[1], v.shape[2]),
+        num_heads=q.shape[1],
+        causal=causal,
+        window=rules.window,
+        softcap=rules.softcap,
+        sinks=rules.sinks is not None,
+    )
+
+
+def _eager(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,  # [B, 1, Tq, Tk], bool (True is seen) or added to scores; None is causal from the upper left
+    scaling: float | None,
+    dropout: float,
+    causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The stock computation of a call without a prefix where scores are capped or have sinks, which SDPA refuses."""
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))  # [B, H, Tk, D]
+    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # [B, H, Tq, Tk]
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and causal and query.shape[2] > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    if sinks is not None:
+        column = sinks.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], dim=-1)  # [B, H, Tq, Tk + 1]
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)[..., : key.shape[2]]  # [B, H, Tq, Tk]
+    weights = torch.nn.functional.dropout(weights, dropout, module.training)
+    return (weights @ value).transpose(1, 2).contiguous()  # [B, Tq, H, D_v]
+
+
 def _packed(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, context: PrefixContext, scale: float | None, causal: bool
+    module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    context: PrefixContext,
+    scale: float | None,
+    causal: bool,
+    rules: _Rules,
 ) -> Tensor:
     layer: int = module.layer_idx  # type: ignore[assignment]
     assert context.cu_seqlens is not None
@@ -138,7 +291,7 @@ def _packed(
     out = prefix_attention_varlen(
         q, k, v, prefix_k, prefix_v, context.cu_seqlens, context.max_seqlen,
         prompt_ids=context.prompt_ids, prefix_rows=context.prefix_rows, prefix_lengths=context.prefix_lengths,
-        causal=causal, scale=scale,
+        causal=causal, scale=scale, **rules.keywords(),
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out

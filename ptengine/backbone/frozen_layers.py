@@ -62,12 +62,8 @@ def _chosen(x: Tensor, *modules: Any) -> bool:
         return False
     for module in modules:
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        if (
-            weight is None
-            or weight.requires_grad
-            or weight.dtype != x.dtype
-            or (bias is not None and bias.requires_grad)
-        ):
+        trained = any(p is not None and p.requires_grad for p in (weight, bias))
+        if weight is None or weight.dtype != x.dtype or trained:
             return False
     return resolve_backend(None, x.device, "rms_norm", dtype=x.dtype) == "triton"
 
@@ -114,7 +110,8 @@ def _attention(
     cos, sin = (x.squeeze(0) for x in position_embeddings)  # [N, D]
     q, k = rotary_embedding(q, k, cos, sin, backend="triton")  # [N, H, D], [N, H_kv, D]
     dropout = self.attention_dropout if self.training else 0.0
-    out = packed_attention(self, q, k, v, context, self.scaling, dropout)  # [N, H, D]
+    window = getattr(self, "sliding_window", None)  # of Qwen3's sliding layers
+    out = packed_attention(self, q, k, v, context, self.scaling, dropout, window)  # [N, H, D]
     return self.o_proj(out.flatten(1))[None], None
 
 

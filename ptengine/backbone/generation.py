@@ -10,13 +10,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from ptengine.backbone.attention import PrefixContext
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.patching import eval_mode, patched, require_patched, with_prefix
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import capture_prefix, check_fit, stack_prefixes
-from ptengine.errors import InputError
+from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["generate"]
 
@@ -63,6 +64,7 @@ def generate(
     Raises:
         InputError: an input is empty or not as described, the prompt does not fit the model, or virtual tokens,
             text and new tokens together exceed the model's positions.
+        UnsupportedModelError: the model cannot be patched, or its family does not generate behind a kept prompt.
     """
     for name, reason in _REFUSED.items():
         if generation_kwargs.get(name) is not None:
@@ -74,6 +76,10 @@ def generate(
         spec = require_patched(model)
         if spec.kind != "causal" or spec.lm_head is None:
             raise InputError(f"expected a causal model with an LM head to generate with, got {type(model).__name__}")
+        if spec.no_generation is not None:
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is not supported for generation: {spec.no_generation}"
+            )
         sequences, length = _generate(model, spec, prompt, ids, tokenizer, generation_kwargs)
     if not as_text:
         return sequences
@@ -105,6 +111,11 @@ def _generate(
         prefix_lengths=lengths,
         key_starts=padding.to(torch.int32),
     )
+    if spec.windowed and kwargs.get("use_cache", True) is not False:
+        # The cache that generate would make drops what has left a window, and with it the count of a row's tokens,
+        # which says how far the prompt is behind.
+        kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
+        kwargs["past_key_values"] = DynamicCache()
     with with_prefix(context, virtual):
         sequences = model.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest

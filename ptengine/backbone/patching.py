@@ -11,23 +11,23 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
-from ptengine.backbone import last_layer
+from ptengine.backbone import last_layer, proof
 from ptengine.backbone.activations import fuse_activations
-from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PrefixContext
+from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
-from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["eval_mode", "is_patched", "patch", "patched", "require_patched", "unpatch", "with_prefix"]
 
-_STATE = "_ptengine_state"
+_STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"
 _patched_models: WeakSet[Any] = WeakSet()
 
@@ -48,26 +48,40 @@ class _State:
 def patch(model: Any) -> Any:
     """Route the attention of `model` through ptengine, in place; returns the model.
 
-    Without a prompt the model computes what it computed before, up to rounding. Patching twice is patching once.
+    Without a prompt the model computes what it computed before, up to rounding. Patching twice is patching once. A
+    causal family that no test of ours covers is compared with its stock computation on a few tokens, once per model.
 
     Raises:
-        UnsupportedModelError: the model type is not supported, or a trial forward shows that a layer's attention does
-            not go through transformers' attention interface. The model is then as it was.
+        UnsupportedModelError: the configuration declares what the shared path cannot serve, a trial forward shows that
+            a layer's attention does not go through transformers' attention interface, or the comparison shows other
+            numbers. The model is then as it was.
     """
     if is_patched(model):
         return model
-    spec = backbone_spec(model)
-    state = _State([(config, _implementation_before(config)) for config in _configs(model)], spec)
+    spec = config_spec(model)
+    implementations = [(config, _implementation_before(config)) for config in _configs(model)]
+    facts, stock = None, None
+    if not is_proven(model.config):
+        facts = proof.known(model)
+        stock = _stock_rows(model, spec, implementations) if facts is None else None
+    state = _State(implementations, spec)
     state.prepare = {name: value for name, value in vars(model).items() if name == _PREPARE}
     setattr(model, _STATE, state)
     _patched_models.add(model)
     try:
         for config, _ in state.implementations:
             config._attn_implementation = IMPLEMENTATION
-        attentions = _probe(model, spec)
-        _link_last_mlp(spec, attentions[-1], state)
+        observed = _probe(model, spec)
+        if stock is not None:
+            facts = proof.measure(spec, observed)
+        if facts is not None:
+            spec = state.spec = facts.into(spec)
+        links = _link_last_mlp(spec, observed[-1].module) if facts is None or facts.skips_mlp else []
+        state.handles.extend(links)
         state.handles.extend(fuse_activations(model))
         state.handles.extend(fuse_layers(model))
+        if stock is not None and facts is not None:
+            _prove(model, state, facts, stock, links)
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
             setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE)))
     except BaseException:
@@ -169,32 +183,80 @@ def _implementation_before(config: Any) -> str | None:
     return next((before for other, before in _routed() if other is config), config._attn_implementation)
 
 
-@torch.no_grad()
-def _probe(model: Any, spec: BackboneSpec) -> list[nn.Module]:
-    """Run two tokens and return the attention modules in the order of their layers; each must have been called."""
+@contextmanager
+def _quietly(model: nn.Module, spec: BackboneSpec) -> Iterator[None]:
+    """Eval mode, narrow windows and the caller's random numbers, for a comparison."""
     device = spec.word_embeddings.weight.device
-    captured: dict[int, tuple[Tensor, Tensor]] = {}
+    devices = [device] if device.type == "cuda" else []
+    with eval_mode(model), proof.narrowed(model), torch.random.fork_rng(devices):
+        yield
+
+
+def _stock_rows(model: Any, spec: BackboneSpec, implementations: list[tuple[Any, str | None]]) -> proof.StockRows:
+    """The comparison's stock side, by the implementation the model had before any patch of a shared configuration."""
+    now = [config._attn_implementation for config, _ in implementations]
+    try:
+        for config, before in implementations:
+            config._attn_implementation = before
+        with _quietly(model, spec):
+            return proof.stock_rows(model, spec)
+    finally:
+        for (config, _), implementation in zip(implementations, now, strict=True):
+            config._attn_implementation = implementation
+
+
+def _prove(model: Any, state: _State, facts: proof.Facts, stock: proof.StockRows, links: list[Any]) -> None:
+    """Compare with the stock side, first with the last MLP narrowed; not every block bears that."""
+    with _quietly(model, state.spec):
+        try:
+            no_generation = proof.compare(model, state.spec, stock)
+        except UnsupportedModelError:
+            if not links:
+                raise
+            for link in links:
+                link.remove()
+                state.handles.remove(link)
+            facts = replace(facts, skips_mlp=False)
+            no_generation = proof.compare(model, state.spec, stock)
+    facts = replace(facts, no_generation=no_generation)
+    state.spec = facts.into(state.spec)
+    proof.remember(model, facts)
+
+
+@torch.no_grad()
+def _probe(model: Any, spec: BackboneSpec) -> list[Observed]:
+    """Run two tokens and return what each layer handed to attention, in the order of the layers.
+
+    Raises:
+        UnsupportedModelError: a layer's attention was not reached or is handed what is not known, or the forward fails.
+    """
+    device = spec.word_embeddings.weight.device
+    observed: list[Observed] = []
     context = PrefixContext(
-        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32, device=device), max_seqlen=2, captured=captured
+        cu_seqlens=torch.tensor([0, 2], dtype=torch.int32, device=device), max_seqlen=2, observed=observed
     )
-    ids = torch.zeros(1, 2, dtype=torch.int64, device=device)
-    with eval_mode(model):
-        hidden = spec.base_model(
-            ids, attention_mask=no_mask(device), position_ids=torch.arange(2, device=device)[None],
-            **cache_off(spec), **{KEYWORD: context},
-        ).last_hidden_state  # fmt: skip
-    missing = sorted(set(range(spec.num_layers)) - set(captured))
-    if missing or hidden.shape != (1, 2, spec.hidden_size):
-        raise UnsupportedModelError(
-            f"model type {spec.model_type!r}: the attention of layers {missing} does not go through transformers' "
-            "attention interface"
+    embeds = spec.word_embeddings(torch.zeros(1, 2, dtype=torch.int64, device=device))  # [1, 2, d]
+    try:
+        with eval_mode(model):
+            hidden = spec.base_model(
+                inputs_embeds=embeds, attention_mask=no_mask(device), position_ids=torch.arange(2, device=device)[None],
+                **cache_off(spec), **{KEYWORD: context},
+            ).last_hidden_state  # fmt: skip
+    except UnsupportedModelError as error:
+        raise proof.refuse(spec, str(error)) from error
+    except Exception as error:
+        routed = "" if observed else "its attention does not go through transformers' attention interface, or "
+        raise proof.refuse(
+            spec, f"{routed}a trial forward of packed rows failed ({proof.first_line(error)})"
+        ) from error
+    missing = sorted(set(range(spec.num_layers)) - {one.layer for one in observed})
+    if missing or hidden.shape[:2] != (1, 2):
+        raise proof.refuse(
+            spec,
+            f"the attention of layers {missing} does not go through transformers' attention interface, or not with the "
+            "keywords of the model call",
         )
-    by_layer: dict[Any, nn.Module] = {
-        module.layer_idx: module
-        for module in spec.base_model.modules()
-        if hasattr(module, "layer_idx") and hasattr(module, "is_causal")
-    }
-    return [by_layer[layer] for layer in range(spec.num_layers)]
+    return sorted(observed, key=lambda one: one.layer)
 
 
 def no_mask(device: torch.device) -> Tensor:
@@ -206,12 +268,13 @@ def cache_off(spec: BackboneSpec) -> dict[str, bool]:
     return {"use_cache": False} if spec.kind == "causal" else {}
 
 
-def _link_last_mlp(spec: BackboneSpec, attention: nn.Module, state: _State) -> None:
-    """Find the MLP beside the last attention; without one of that name nothing is skipped."""
+def _link_last_mlp(spec: BackboneSpec, attention: nn.Module) -> list[Any]:
+    """Find the MLP beside the last attention; without one of that name nothing is skipped. Returns what undoes it."""
     for module in spec.base_model.modules():
         children = dict(module.named_children())
         if "mlp" in children and any(child is attention for child in children.values()):
-            state.handles.extend(last_layer.install(attention, children["mlp"]))
+            return list(last_layer.install(attention, children["mlp"]))
+    return []
 
 
 def _wrap_prepare(prepare: Any) -> Any:

@@ -1,4 +1,9 @@
-"""The facts of a backbone that prompts, packing and lowering need, read once from the model itself."""
+"""The facts of a backbone that prompts, packing and lowering need, read once from the model itself.
+
+Families that tests hold to the stock computation are read from their configuration. Every other causal family is
+measured: the same names mean different things there (the `head_dim` of latent attention is that of the rotary part
+alone), so heads and widths are those of the keys and values that reach attention in a trial forward.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +12,14 @@ from typing import Any, Literal
 
 from torch import nn
 
+from ptengine.backbone import families
 from ptengine.errors import UnsupportedModelError
 
-__all__ = ["SUPPORTED_MODEL_TYPES", "BackboneSpec", "backbone_spec"]
+__all__ = ["SUPPORTED_MODEL_TYPES", "BackboneSpec", "backbone_spec", "config_spec", "is_proven", "kind_of"]
 
+STATE = "_ptengine_state"  # attribute of a patched model, which has its facts
+
+# Families proven by tests: patching them compares nothing. Others are compared with the stock computation once.
 SUPPORTED_MODEL_TYPES: dict[str, Literal["causal", "encoder"]] = {
     "gpt2": "causal",
     "llama": "causal",
@@ -31,12 +40,17 @@ class BackboneSpec:
         num_layers: L.
         num_kv_heads: H_kv, key and value heads (fewer than the query heads under grouped-query attention).
         num_heads: H, query heads.
-        head_dim: D.
+        head_dim: D, width of a query and a key.
+        value_dim: D_v, width of a value; differs from D under latent attention.
         max_positions: tokens the position embeddings reach, virtual tokens included.
         vocab_size: rows of the word embeddings.
         word_embeddings: the input embedding module.
         base_model: the model without its head.
-        lm_head: the module from hidden states to vocabulary logits, or None.
+        lm_head: the module from hidden states to vocabulary logits before `logit_scale` and `logit_softcap`, or None.
+        logit_scale: factor of the vocabulary logits.
+        logit_softcap: c in ``c * tanh(logits / c)`` after it, or None.
+        windowed: layers whose attention sees a sliding window.
+        no_generation: why this model does not generate behind a kept prompt, or None where it does.
     """
 
     model_type: str
@@ -51,41 +65,101 @@ class BackboneSpec:
     word_embeddings: nn.Embedding
     base_model: nn.Module
     lm_head: nn.Module | None
+    value_dim: int = 0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+    windowed: tuple[int, ...] = ()
+    no_generation: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.value_dim:
+            object.__setattr__(self, "value_dim", self.head_dim)
+
+
+def kind_of(model_type: str) -> Literal["causal", "encoder"]:
+    """What a model type that was served is: all encoders are known by name."""
+    return SUPPORTED_MODEL_TYPES.get(model_type, "causal")
+
+
+def is_proven(config: Any) -> bool:
+    """Whether tests hold this family, as configured, to the stock computation."""
+    return config.model_type in SUPPORTED_MODEL_TYPES and families.window_of(config) is None
 
 
 def backbone_spec(model: Any) -> BackboneSpec:
     """Read the facts of `model`, a transformers PreTrainedModel.
 
+    A family that is not proven by tests is patched for a moment the first time, which compares a few tokens with the
+    stock computation; what was found is remembered as long as the model lives.
+
     Raises:
-        UnsupportedModelError: the model type is not one of `SUPPORTED_MODEL_TYPES`; the message names it.
+        UnsupportedModelError: the model cannot be served exactly; the message names its type and what is missing.
     """
+    state = getattr(model, "__dict__", {}).get(STATE)
+    if state is not None:
+        spec: BackboneSpec = state.spec
+        return spec
+    spec = config_spec(model)
+    if is_proven(model.config):
+        return spec
+    from ptengine.backbone.patching import patched, require_patched  # patching reads this module
+
+    with patched(model):
+        return require_patched(model)
+
+
+def config_spec(model: Any) -> BackboneSpec:
+    """The facts of `model` as its configuration has them; raises as `backbone_spec`."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if config is None or model_type is None:
         raise UnsupportedModelError(f"expected a transformers model, got {type(model).__name__}")
-    if model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"model type {model_type!r} is not supported: its attention layout has not been proven equal to the stock "
-            f"computation; supported are {', '.join(sorted(SUPPORTED_MODEL_TYPES))}"
-        )
-    if getattr(config, "add_cross_attention", False) or (model_type == "bert" and getattr(config, "is_decoder", False)):
-        raise UnsupportedModelError(f"model type {model_type!r} with cross-attention or as a decoder is not supported")
-    if getattr(config, "use_sliding_window", False):
-        raise UnsupportedModelError(f"model type {model_type!r} with sliding-window layers is not supported")
-    num_heads = config.num_attention_heads
-    embeddings = model.get_input_embeddings()
-    output = model.get_output_embeddings()
+    proven = model_type in SUPPORTED_MODEL_TYPES
+    reason = families.refusal(config)
+    if model_type == "bert" and getattr(config, "is_decoder", False):
+        reason = "it is a decoder"
+    embeddings = output = None
+    if reason is None:
+        try:
+            embeddings, output = model.get_input_embeddings(), model.get_output_embeddings()
+        except (AttributeError, NotImplementedError):
+            reason = "it does not name its word embeddings"
+    if reason is None and not isinstance(embeddings, nn.Embedding):
+        reason = f"its word embeddings are a {type(embeddings).__name__}, not a table of vectors"
+    if reason is None and output is not None and getattr(getattr(output, "weight", None), "ndim", 0) != 2:
+        reason = f"its LM head is a {type(output).__name__} without a weight [V, d]"
+    if reason is not None:
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
+    assert embeddings is not None
+    # Decoders taken out of an encoder-decoder keep its configuration, whose num_hidden_layers are the encoder's.
+    num_layers = _first(config, "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
+    num_heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    if not num_layers or not num_heads:
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported: it has no attention layers")
     return BackboneSpec(
         model_type=model_type,
-        kind=SUPPORTED_MODEL_TYPES[model_type],
-        hidden_size=config.hidden_size,
-        num_layers=config.num_hidden_layers,
+        kind=kind_of(model_type),
+        hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
+        num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or num_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // num_heads,
-        max_positions=config.max_position_embeddings,
+        num_kv_heads=_first(config, "num_key_value_heads") or num_heads,
+        head_dim=_first(config, "head_dim") or embeddings.embedding_dim // num_heads,
+        max_positions=families.max_positions(config),
         vocab_size=embeddings.num_embeddings,
         word_embeddings=embeddings,
         base_model=model.base_model,
         lm_head=output,
+        logit_scale=families.logit_scale(config),
+        logit_softcap=families.logit_softcap(config),
     )
+
+
+def _first(config: Any, *names: str) -> int | None:
+    for name in names:
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # of configurations whose value differs by layer, which trial forwards find out
+            continue
+        if isinstance(value, int):
+            return value
+    return None

@@ -31,9 +31,12 @@ __all__ = [
     "check_fit",
     "label_hidden",
     "label_log_probs",
+    "packed_call",
     "packed_loss",
+    "predicting_hidden",
     "sequence_logits",
     "stack_prefixes",
+    "vocabulary_logits",
 ]
 
 Prompts = LoweredPrompt | Sequence[LoweredPrompt] | None
@@ -102,8 +105,11 @@ def packed_loss(
             label that can be predicted, or a row with its prompt is longer than the model's positions.
     """
     found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
-    hidden, weight, bias = _head(require_patched(model), found.hidden)
-    loss = linear_cross_entropy(hidden, weight, found.labels, bias=bias, label_smoothing=label_smoothing)
+    spec = require_patched(model)
+    hidden, weight, bias = _head(spec, found.hidden)
+    loss = linear_cross_entropy(
+        hidden, weight, found.labels, bias=bias, softcap=spec.logit_softcap, label_smoothing=label_smoothing
+    )
     return PackedLoss(loss, found.labels.numel())
 
 
@@ -112,8 +118,12 @@ def label_log_probs(
 ) -> tuple[Tensor, Tensor]:
     """log p of every labelled token: fp32 [n], and the row it stands in: int64 [n]. Arguments as in `packed_loss`."""
     found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
-    hidden, weight, bias = _head(require_patched(model), found.hidden)
-    return -linear_cross_entropy(hidden, weight, found.labels, bias=bias, reduction="none"), found.rows
+    spec = require_patched(model)
+    hidden, weight, bias = _head(spec, found.hidden)
+    losses = linear_cross_entropy(
+        hidden, weight, found.labels, bias=bias, softcap=spec.logit_softcap, reduction="none"
+    )  # [n]
+    return -losses, found.rows
 
 
 def label_hidden(
@@ -123,6 +133,13 @@ def label_hidden(
     spec = require_patched(model)
     if spec.kind != "causal" or spec.lm_head is None:
         raise InputError(f"expected a causal model with an LM head, got {type(model).__name__}")
+    return predicting_hidden(spec, lowered, batch, prompt_ids=prompt_ids)
+
+
+def predicting_hidden(
+    spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
+) -> LabelHidden:
+    """`label_hidden` of a patched causal model that need not have a head."""
     batch = batch.to(spec.word_embeddings.weight.device)
     if batch.labels is None:
         raise InputError("expected a batch with labels, got none")
@@ -182,7 +199,7 @@ def capture_prefix(model: Any, virtual: VirtualTokens) -> KeyValuePrefix:
         hidden_rows=torch.zeros(1, dtype=torch.int64, device=device),
         captured=captured,
     )
-    _call(spec, virtual.embeds, torch.arange(size, device=device), context)
+    packed_call(spec, virtual.embeds, torch.arange(size, device=device), context)
     keys, values = zip(*(captured[layer] for layer in range(spec.num_layers)), strict=True)
     return KeyValuePrefix(torch.stack(keys), torch.stack(values))  # [L, P, H_kv, D]
 
@@ -243,8 +260,8 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
                 f"expected virtual tokens of the model's width {spec.hidden_size}, got {prompt.embeds.shape[1]}"
             )
         return
-    expected = (spec.num_layers, spec.num_kv_heads, spec.head_dim)
-    for name, x in (("keys", prompt.keys), ("values", prompt.values)):
+    for name, x, dim in (("keys", prompt.keys, spec.head_dim), ("values", prompt.values, spec.value_dim)):
+        expected = (spec.num_layers, spec.num_kv_heads, dim)
         layers, _, heads, width = x.shape
         if (layers, heads, width) != expected:
             raise InputError(
@@ -359,10 +376,10 @@ def _run(
         types = torch.zeros(layout.embeds.shape[0], dtype=torch.int64, device=layout.embeds.device)
         types[layout.text] = token_type_ids.to(types.device)
         extra["token_type_ids"] = types[None]
-    return _call(spec, layout.embeds, layout.positions, context, **extra)
+    return packed_call(spec, layout.embeds, layout.positions, context, **extra)
 
 
-def _call(spec: BackboneSpec, embeds: Tensor, positions: Tensor, context: PrefixContext, **extra: Any) -> Tensor:
+def packed_call(spec: BackboneSpec, embeds: Tensor, positions: Tensor, context: PrefixContext, **extra: Any) -> Tensor:
     """The stock model without its head over one packed row; [N, d] -> [N, d]."""
     embeds = embeds.to(device=spec.word_embeddings.weight.device, dtype=spec.word_embeddings.weight.dtype)
     out = spec.base_model(
@@ -376,7 +393,22 @@ def _call(spec: BackboneSpec, embeds: Tensor, positions: Tensor, context: Prefix
     return out.last_hidden_state[0]
 
 
-def _head(spec: BackboneSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states in the dtype of the LM head, its weight [V, d] and its bias [V] or None."""
+def vocabulary_logits(spec: BackboneSpec, hidden: Tensor) -> Tensor:
+    """What the stock model makes of last hidden states [n, d]: logits [n, V]."""
     head: Any = spec.lm_head
-    return hidden.to(head.weight.dtype), head.weight, getattr(head, "bias", None)
+    logits: Tensor = head(hidden)
+    if spec.logit_scale != 1:
+        logits = logits * spec.logit_scale
+    if spec.logit_softcap is not None:
+        logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
+    return logits
+
+
+def _head(spec: BackboneSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states in the dtype of the LM head, its weight [V, d] and its bias [V] or None; logits are scaled."""
+    head: Any = spec.lm_head
+    bias: Tensor | None = getattr(head, "bias", None)
+    hidden = hidden.to(head.weight.dtype)
+    if spec.logit_scale != 1:  # of hidden [n, d], not of logits [n, V]
+        hidden, bias = hidden * spec.logit_scale, None if bias is None else bias * spec.logit_scale
+    return hidden, head.weight, bias

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ptengine.backbone import families
 from ptengine.backbone.patching import patched, require_patched
 from ptengine.errors import UnsupportedModelError
 from ptengine.kernels.dispatch import explain
@@ -31,7 +32,7 @@ class SupportReport:
     model_type: transformers' name of the architecture.
     supported: whether `ptengine.patch` accepts the model.
     reason: why it does not, or how prompts run in it.
-    layers: one entry per layer; empty where the model is refused as a whole.
+    layers: one entry per layer; empty where the model is refused as a whole and its layers are of one kind.
     """
 
     model_type: str
@@ -52,12 +53,32 @@ def supports(model: Any) -> SupportReport:
         with patched(model):
             spec = require_patched(model)
     except UnsupportedModelError as error:
-        return SupportReport(model_type, False, str(error), ())
+        return SupportReport(model_type, False, str(error), _refused_layers(model))
     device = spec.word_embeddings.weight.device
     if spec.kind == "causal":
         reason = "soft prompts run as one row of the packed batch, prefixes are read by every layer"
     else:
         reason = "bidirectional: soft prompts stand in every row, prefixes are read by every layer"
     route = explain("prefix_attention_varlen", device)
-    layers = tuple(LayerSupport(index, "shared", route) for index in range(spec.num_layers))
+    if spec.no_generation is not None:
+        reason += f"; no generation: {spec.no_generation}"
+    layers = tuple(
+        LayerSupport(
+            index, "shared", f"sliding window over prompt and text; {route}" if index in spec.windowed else route
+        )
+        for index in range(spec.num_layers)
+    )
     return SupportReport(model_type, True, reason, layers)
+
+
+def _refused_layers(model: Any) -> tuple[LayerSupport, ...]:
+    """Which layers stand in the way, where the configuration names the kinds of layers."""
+    kinds = families.layer_kinds(getattr(model, "config", None)) or []
+    if all(kind in families.LAYER_KINDS for kind in kinds):
+        return ()
+    return tuple(
+        LayerSupport(index, "refused", "attention, but other layers of the model are refused")
+        if kind in families.LAYER_KINDS
+        else LayerSupport(index, "refused", f"{kind} reads no shared prefix")
+        for index, kind in enumerate(kinds)
+    )

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from ptengine.backbone.spec import SUPPORTED_MODEL_TYPES
+from ptengine.backbone import families
+from ptengine.backbone.spec import kind_of
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["OPERATIONS", "import_operations", "load_for_report", "load_model", "load_tokenizer", "pick_device"]
@@ -86,7 +87,7 @@ def load_model(path: str | None, device: torch.device, dtype: str, labels: int |
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     folder, model_type = _read_config(path)
-    kind = SUPPORTED_MODEL_TYPES[model_type]
+    kind = kind_of(model_type)
     if kind == "encoder" and labels is None:
         raise InputError(
             f"expected --text-column with the encoder {model_type!r} in {str(folder)!r}, which cannot write words"
@@ -106,24 +107,25 @@ def load_for_report(path: str, device: torch.device, dtype: str) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     folder, model_type = _read_config(path)
-    auto = AutoModelForCausalLM if SUPPORTED_MODEL_TYPES[model_type] == "causal" else AutoModel
+    auto = AutoModelForCausalLM if kind_of(model_type) == "causal" else AutoModel
     return _load(auto, folder, device, dtype)
 
 
 def _read_config(path: str | None) -> tuple[Path, str]:
-    """The folder of the model and its type, which is supported."""
+    """The folder of the model and its type; what its configuration alone refuses is refused before weights are read."""
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = _model_folder(path)
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # as for tokenizers
         raise InputError(f"expected a transformers checkpoint in {str(folder)!r}, got: {_first_line(error)}") from error
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"expected a model type out of {', '.join(sorted(SUPPORTED_MODEL_TYPES))}, "
-            f"got {config.model_type!r} in {str(folder)!r}"
-        )
+    reason = families.refusal(config)
+    if kind_of(config.model_type) == "causal" and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = "it is no causal language model, nor BERT"
+    if reason is not None:
+        raise UnsupportedModelError(f"model type {config.model_type!r} in {str(folder)!r} is not supported: {reason}")
     return folder, config.model_type
 
 

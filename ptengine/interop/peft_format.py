@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptengine.backbone.spec import SUPPORTED_MODEL_TYPES, backbone_spec
+from ptengine.backbone.spec import backbone_spec, kind_of
 from ptengine.errors import InputError
 from ptengine.files import make_directory, safetensors_bytes, write_together
 from ptengine.prompts import BackboneFacts, Prefix, Prompt, SoftPrompt, backbone_facts
@@ -66,7 +66,7 @@ def save_peft(
         method = getattr(prompt, "method", type(prompt).__name__)
         raise InputError(f"expected a SoftPrompt or a Prefix, the prompts PEFT has a form for, got {method!r}")
     facts = prompt.facts
-    kind = SUPPORTED_MODEL_TYPES[facts.model_type]
+    kind = kind_of(facts.model_type)
     if task_type is None:
         task_type = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
     if task_type not in TASK_TYPES:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
-from ptengine.errors import InputError
+from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import (
@@ -104,6 +104,11 @@ class Prefix(Prompt):
         seed: int = 0,
     ) -> None:
         spec = backbone_spec(model)
+        if spec.value_dim != spec.head_dim:
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is not supported by Prefix: its values are {spec.value_dim} wide and "
+                f"its keys {spec.head_dim}, and a Prefix holds both in one tensor; a SoftPrompt works"
+            )
         check_init(init, INITS)
         sources = {"init_text": init_text, "array": array, "prompt": prompt}
         if init == "text":

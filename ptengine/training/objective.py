@@ -18,6 +18,7 @@ from ptengine.backbone import label_hidden, label_log_probs, packed_loss, sequen
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.backbone.step import vocabulary_logits
 from ptengine.data import (
     BoundVerbalizer,
     ClassificationTask,
@@ -215,11 +216,9 @@ class _WordObjective(_CausalObjective):
 
     def _score_tokens(self, lowered: LoweredPrompt | None, rows: Sequence[EncodedRow]) -> tuple[Tensor, float, int]:
         """Words of one token: one forward over the text. Scores lack the row's log normaliser, equal for all words."""
-        head = self._spec.lm_head
-        assert head is not None
         with self._autocast():
             found = label_hidden(self._model, lowered, self.collate(rows))
-            logits = head(found.hidden).float()  # [B, V]
+            logits = vocabulary_logits(self._spec, found.hidden).float()  # [B, V]
         loss = F.cross_entropy(logits, found.labels, reduction="sum").item()
         words = torch.tensor([word[0] for word in self._bound.words], device=self._device)  # [W]
         return logits[:, words], loss, len(rows)  # [B, W]

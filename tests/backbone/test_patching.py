@@ -20,8 +20,6 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaModel,
-    MistralConfig,
-    MistralForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -214,12 +212,6 @@ UNSUPPORTED = {
     "t5": lambda: T5ForConditionalGeneration(
         T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
     ),
-    "mistral": lambda: MistralForCausalLM(
-        MistralConfig(
-            vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-            intermediate_size=16, sliding_window=4,
-        )
-    ),
     "falcon": lambda: FalconForCausalLM(
         FalconConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, alibi=True)
     ),
@@ -229,7 +221,6 @@ UNSUPPORTED = {
                    bos_token_id=0, eos_token_id=1)
     ),
     "bert": lambda: BertLMHeadModel(config("bert", is_decoder=True)),
-    "qwen3": lambda: make("qwen3", use_sliding_window=True, sliding_window=4, max_window_layers=1),
 }  # fmt: skip
 
 

@@ -274,6 +274,6 @@ def test_prompts_of_other_models_or_methods_are_refused(make_model, gpt2):
 def test_what_is_no_supported_model_is_refused(gpt2):
     with pytest.raises(UnsupportedModelError, match="Linear"):
         SoftPrompt(torch.nn.Linear(2, 2))
-    gpt2.config.model_type = "t5"
-    with pytest.raises(UnsupportedModelError, match="t5"):
+    gpt2.config.is_encoder_decoder = True
+    with pytest.raises(UnsupportedModelError, match=r"gpt2.*encoder-decoder"):
         SoftPrompt(gpt2)
