@@ -7,12 +7,15 @@ backbone understands. It never sees data, a trainer or the attention, and keeps 
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from torch import nn
 
+from ptengine.backbone.attached import AttachedModel, attached
 from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.spec import backbone_spec
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.io import save_prompt
 
@@ -71,3 +74,48 @@ class Prompt(nn.Module):
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write the folded prompt to `directory`; see `ptengine.prompts.io.save_prompt`."""
         return save_prompt(self, directory)
+
+    def attached(self, model: Any, *, freeze: bool = True) -> AbstractContextManager[AttachedModel]:
+        """Inside ``with prompt.attached(model):`` the stock calls of this model instance see the prompt.
+
+        That is `model(...)`, `model.generate(...)`, `transformers.pipeline(..., model=model)`. For training, the block
+        yields a module whose parameters are the prompt's alone and whose calls are the model's: hand it to
+        `transformers.Trainer`, to accelerate's `prepare`, or its `parameters()` to an optimiser. Checkpoints of such a
+        trainer hold the prompt; `save` writes it as ever.
+
+        - **Output.** Logits and hidden states have the text's length T; virtual tokens do not appear. `labels` stand
+          beside `input_ids` as in the stock call. Its loss shifts them by one inside the T logits, so a label at a
+          row's first token does not count, though the last virtual token predicts it: the stock head is given T hidden
+          states and no more. `ptengine.Trainer` counts it.
+        - **Positions.** A text starts at P and counts its own tokens: padded on the left or on the right, or alone, a
+          row gives the same numbers. `position_ids` count the text without the prompt and are shifted by P. A mask with
+          holes, and positions of several texts in one row, are refused; so is more than the model's positions.
+        - **Cache.** It holds the text alone. One that a call inside a block with this prompt filled is continued, any
+          other that is not empty is refused, and so are static caches. `generate` takes batches padded on the left.
+        - **Gradients.** In training mode with gradients enabled the prompt runs anew in every call. Otherwise its keys
+          and values are computed once and kept until a parameter changes or the block ends. `freeze` takes the
+          gradients of the model's own parameters away inside the block; with ``freeze=False`` those that require one,
+          such as a head or a LoRA, get theirs: hand them to the optimiser beside the prompt's.
+        - **Modes.** Calls of the yielded module run the backbone in eval mode, without dropout. Calls of the model
+          itself leave its mode alone; attention dropout is refused. Gradient checkpointing must be non-reentrant.
+        - **Encoders.** Virtual tokens stand in every row and are taken out of the output; the pooler reads the text's
+          first token.
+        - **Threads.** An attachment belongs to the thread that made it, and each thread may attach a prompt of its own
+          to the same model. A thread without one is refused while others have theirs, but for calls through the
+          yielded module, which see its prompt in any thread (`Thread(target=attached.generate, ...)`), and for
+          `ptengine.generate`, which names its prompt.
+
+        An unpatched model is patched for the duration. Afterwards, also after an exception, the model is as it was
+        before: attention, hooks, modes and `requires_grad`.
+
+        Args:
+            model: a supported transformers model, not the wrapper of another library around it.
+            freeze: whether the model's own parameters need no gradient inside the block.
+
+        Raises:
+            InputError: on entry, where the prompt was made for another backbone, or this thread has attached a prompt
+                to the model already; in a call, where the input is not as described.
+            UnsupportedModelError: on entry, where the model is of no supported type.
+        """
+        self.facts.require_fits(backbone_spec(model), "the prompt")
+        return attached(model, self, freeze=freeze)

@@ -5,11 +5,11 @@ Holds plain numbers, never a model.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ptengine.backbone.spec import backbone_spec
+from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError
 
 __all__ = ["BackboneFacts", "backbone_facts"]
@@ -57,6 +57,10 @@ class BackboneFacts:
             expected, got = getattr(self, name), getattr(model, name)
             if expected != got:
                 raise InputError(f"{what} was made for another backbone: expected {name} {expected!r}, got {got!r}")
+
+    def require_fits(self, spec: BackboneSpec, what: str) -> None:
+        """As `require_same`, for a model at hand of which nothing needs to be told."""
+        self.require_same(replace(self, **{name: getattr(spec, name) for name in _COMPARED}), what)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

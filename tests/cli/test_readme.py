@@ -18,12 +18,14 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
 
 
-def test_python_example_runs_as_written(tmp_path: Path) -> None:
-    (code,) = blocks("python")
+def test_python_examples_run_as_written(tmp_path: Path) -> None:
+    """One after the other: a later one goes on where the one before ended."""
+    code = "\n".join(blocks("python"))
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "accuracy" in done.stdout
-    for name in ("out/curve.png", "my-prompt/prompt.safetensors", "my-prompt-for-peft/adapter_model.safetensors"):
+    peft, stock = "my-prompt-for-peft/adapter_model.safetensors", "hf-out/checkpoint-2/model.safetensors"
+    for name in ("out/curve.png", "my-prompt/prompt.safetensors", peft, stock):
         assert (tmp_path / name).is_file()
 
 
