@@ -81,7 +81,10 @@ def patch(model: Any) -> Any:
         state.handles.extend(fuse_activations(model))
         state.handles.extend(fuse_layers(model))
         if stock is not None and facts is not None:
-            _prove(model, state, facts, stock, links)
+            try:
+                _prove(model, state, facts, stock, links)
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{error}{_left_out(observed, implementations)}") from error
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
             setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE)))
     except BaseException:
@@ -221,6 +224,17 @@ def _prove(model: Any, state: _State, facts: proof.Facts, stock: proof.StockRows
     facts = replace(facts, no_generation=no_generation)
     state.spec = facts.into(state.spec)
     proof.remember(model, facts)
+
+
+def _left_out(observed: list[Observed], implementations: list[tuple[Any, str | None]]) -> str:
+    """What the stock side may lack: SDPA of older transformers caps no scores and knows no sinks, and says nothing."""
+    names = sorted({str(before) for _, before in implementations if before != "eager"})
+    if not names or not any(one.softcap is not None or one.sinks for one in observed):
+        return ""
+    return (
+        f"; the stock implementation {', '.join(names)} may leave out the cap or the sinks of its scores: load the "
+        "model with attn_implementation='eager'"
+    )
 
 
 @torch.no_grad()

@@ -80,7 +80,9 @@ def make(family: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     changes = SERVED[family] if family in SERVED else REFUSED[family][0]
     config = AutoConfig.for_model(family, **(COMMON | changes))
-    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    # SDPA, the default of some releases, leaves out the cap of Gemma 2's scores.
+    stock = {"attn_implementation": "eager"} if family == "gemma2" else {}
+    model = AutoModelForCausalLM.from_config(config, **stock).float().eval().requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):  # far from what leaving them out would be
             parameter.data.normal_(std=2.0)
@@ -242,3 +244,12 @@ def test_an_unknown_keyword_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     with pytest.raises(UnsupportedModelError, match=r"'mistral' is not supported: its attention is handed .*bias"):
         patch(model)
+
+
+def test_a_stock_side_that_leaves_out_the_cap_is_named() -> None:
+    model = make("gemma2")
+    model.config._attn_implementation = "sdpa"
+    named = r"sdpa may leave out the cap .*attn_implementation='eager'"
+    with pytest.raises(UnsupportedModelError, match=rf"{named}|does not support `softcap`"):  # newer releases say so
+        patch(model)
+    assert model.config._attn_implementation == "sdpa"
