@@ -9,10 +9,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from ptengine.backbone.spec import BackboneSpec, backbone_spec
-from ptengine.errors import InputError
+import torch
+from torch import nn
 
-__all__ = ["BackboneFacts", "backbone_facts"]
+from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.errors import InputError, UnsupportedModelError
+
+__all__ = ["BackboneFacts", "backbone_facts", "embedding_scale"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,27 @@ class BackboneFacts:
         return cls(**kept)
 
 
+@torch.no_grad()
+def embedding_scale(spec: BackboneSpec) -> float:
+    """What the word embeddings' module multiplies its table by before the text enters the model: Gemma 3 by sqrt(d).
+
+    Raises:
+        UnsupportedModelError: it does something else to the table.
+    """
+    table = spec.word_embeddings
+    if type(table) is nn.Embedding:
+        return 1.0
+    ids = torch.arange(min(8, spec.vocab_size), device=table.weight.device)
+    rows, got = table.weight[ids].double(), table(ids).double()  # [n, d] both
+    scale = ((rows * got).sum() / (rows * rows).sum().clamp(min=1e-30)).item()
+    if not torch.allclose(got, scale * rows, rtol=0.02, atol=1e-6):  # 16-bit tables round the product
+        raise UnsupportedModelError(
+            f"model type {spec.model_type!r} is not supported: its {type(table).__name__} does more than "
+            "to scale a table"
+        )
+    return scale
+
+
 _COMPARED = ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 _TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "str | None": (str, type(None))}
 
@@ -105,6 +129,6 @@ def backbone_facts(model: Any) -> BackboneFacts:
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
         vocab_size=spec.vocab_size,
-        embedding_std=float(spec.word_embeddings.weight.detach().float().std(correction=0)),
+        embedding_std=embedding_scale(spec) * float(spec.word_embeddings.weight.detach().float().std(correction=0)),
         base_model=None if is_path else name,
     )

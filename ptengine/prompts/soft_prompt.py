@@ -12,7 +12,7 @@ from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
-from ptengine.prompts.facts import BackboneFacts, backbone_facts
+from ptengine.prompts.facts import BackboneFacts, backbone_facts, embedding_scale
 from ptengine.prompts.initialization import (
     DEFAULT_NUM_VIRTUAL_TOKENS,
     Initial,
@@ -118,6 +118,7 @@ class SoftPrompt(Prompt):
                 means = [_word_rows(words, torch.tensor(ids)).mean(dim=0, keepdim=True) for ids in labels]  # of [1, d]
                 rest = sampled_vocabulary_ids(model, tokenizer, count - len(labels), spec, generator)
                 rows = torch.cat([*means, _word_rows(words, rest)])  # [P, d]
+            rows = rows * embedding_scale(spec)  # a prompt enters the model behind the table
 
         super().__init__(backbone_facts(model), len(rows))
         self.init = init

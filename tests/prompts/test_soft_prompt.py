@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.errors import InputError, UnsupportedModelError
@@ -277,3 +278,22 @@ def test_what_is_no_supported_model_is_refused(gpt2):
     gpt2.config.is_encoder_decoder = True
     with pytest.raises(UnsupportedModelError, match=r"gpt2.*encoder-decoder"):
         SoftPrompt(gpt2)
+
+
+def test_a_scaled_table_is_met_behind_its_scale() -> None:
+    """Gemma 3 multiplies its table by sqrt(d): rows of the bare table would be far too small for virtual tokens."""
+    config = AutoConfig.for_model(
+        "gemma3_text", hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=32, vocab_size=50, max_position_embeddings=64, sliding_window=8, pad_token_id=0,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    words = model.get_input_embeddings()(torch.arange(50))  # [V, d]
+    table = model.get_input_embeddings().weight
+    assert torch.allclose(words, 4 * table)
+    sampled = SoftPrompt(model, num_virtual_tokens=5, init="sampled_vocab")
+    assert torch.cdist(sampled.embeds, words).min(dim=1).values.max() < 1e-2  # others are 0.3 away
+    random = SoftPrompt(model, num_virtual_tokens=40)
+    assert 0.9 < (random.embeds.std() / words.std()).item() < 1.1
+    assert sampled.facts.embedding_std == pytest.approx(words.std(correction=0).item(), rel=1e-5)
