@@ -10,5 +10,5 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, *, offset: float =
     """As `rms_norm`. float64 in, float64 throughout, else float32."""
     precision = torch.float64 if x.dtype == torch.float64 else torch.float32
     wide = x.to(precision)  # [..., D]
-    rms = (wide.square().mean(dim=-1, keepdim=True) + eps).sqrt()  # [..., 1]
-    return (wide / rms * (offset + weight.to(precision))).to(x.dtype)
+    rstd = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)  # [..., 1]
+    return (wide * rstd * (offset + weight.to(precision))).to(x.dtype)
