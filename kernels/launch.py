@@ -21,6 +21,7 @@ __all__ = [
     "INTERPRETED",
     "architecture",
     "ceil_div",
+    "compiled_or",
     "multiprocessors",
     "nearest_architecture",
     "power_of_two",
@@ -62,6 +63,12 @@ def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 4
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def compiled_or(backend: str) -> str:
+    """`backend`, but "torch" for "triton" under torch.compile: of operations without a registered operator, whose kernel
+    the compiler cannot look into while it fuses PyTorch's operators."""
+    return "torch" if backend == "triton" and torch.compiler.is_compiling() else backend
 
 
 def ceil_div(count: int, size: int) -> int:

@@ -64,6 +64,4 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu", *, back
     if activation not in ACTIVATIONS:
         raise ValueError(f"expected an activation of 'silu', 'gelu', 'gelu_tanh', got {activation!r}")
     chosen = resolve_backend(backend, gate.device, OP, dtype=gate.dtype)
-    if chosen == "triton" and torch.compiler.is_compiling():
-        chosen = "torch"
-    return implementation(OP, chosen)(gate, up, activation)
+    return implementation(OP, launch.compiled_or(chosen))(gate, up, activation)

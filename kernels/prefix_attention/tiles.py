@@ -2,8 +2,8 @@
 
 Regimes of the forward kernel: "decode", a tile holds all queries of a row and they are few, so the keys are split;
 "short", they fit one tile; "medium", rows of up to 256 tokens, and "long", everything else. An architecture that is not
-in the table takes the entry of its nearest older relative. The 16-bit entries of sm_90 are the fastest without spills
-that benchmarks/tune_tiles.py found on an H200; the others are not measured.
+in the table takes the entry of its nearest older relative. The 16-bit entries of sm_90 were chosen by their times on an
+H200 among those without spills (benchmarks/tune_tiles.py); the others are not measured.
 """
 
 from __future__ import annotations

@@ -69,9 +69,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, back
     if weight.requires_grad and torch.is_grad_enabled():
         raise ValueError("expected a frozen weight (weight.requires_grad False), got a weight that requires grad")
     chosen = resolve_backend(backend, x.device, OP, dtype=x.dtype, no_kernel_because=_no_kernel_because(x, weight))
-    if chosen == "triton" and torch.compiler.is_compiling():
-        chosen = "torch"
-    return implementation(OP, chosen)(x, weight, eps, offset=offset)
+    return implementation(OP, launch.compiled_or(chosen))(x, weight, eps, offset=offset)
 
 
 def _no_kernel_because(x: Tensor, weight: Tensor) -> str | None:

@@ -80,9 +80,7 @@ def rotary_embedding(
             f"got {list(sin.shape)} in {sin.dtype} on {sin.device}"
         )
     chosen = resolve_backend(backend, device, OP, dtype=q.dtype, no_kernel_because=_no_kernel_because(cos))
-    if chosen == "triton" and torch.compiler.is_compiling():
-        chosen = "torch"
-    return implementation(OP, chosen)(q, k, cos, sin)
+    return implementation(OP, launch.compiled_or(chosen))(q, k, cos, sin)
 
 
 def _no_kernel_because(cos: Tensor) -> str | None:
