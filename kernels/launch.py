@@ -66,8 +66,10 @@ def multiprocessors(device: torch.device) -> int:
 
 
 def compiled_or(backend: str) -> str:
-    """`backend`, but "torch" for "triton" under torch.compile: of operations without a registered operator, whose kernel
-    the compiler cannot look into while it fuses PyTorch's operators."""
+    """`backend`, but "torch" for "triton" under torch.compile.
+
+    For operations without a registered operator: the compiler fuses PyTorch's, and cannot look into a kernel's launch.
+    """
     return "torch" if backend == "triton" and torch.compiler.is_compiling() else backend
 
 

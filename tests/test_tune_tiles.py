@@ -172,3 +172,16 @@ def test_the_table_is_asked_without_a_launch(launched):
     shape = Shape("forward", 2, 1, 64, 1, 16, 16)
     assert isinstance(tune_workers.current_tile("forward", problem.call(shape)), Forward)
     assert not launched
+
+
+def test_candidates_are_ranked_by_their_mean_over_the_best_and_only_if_timed_everywhere():
+    shapes = [Shape("forward", 2, 1, 64, 1, length, 16) for length in (16, 32)]
+    seconds = {"slow": (4.0, 1.0), "best": (1.0, 1.0), "middle": (1.0, 2.0), "once": (0.5, None), "failed": (0.1, 0.1)}
+    stage = tune_candidates.Stage("forward", 64, False, shapes, 0.0)
+    for name, times in seconds.items():
+        found = {shape.name: time for shape, time in zip(shapes, times, strict=True) if time is not None}
+        state = "failed" if name == "failed" else "screened"
+        stage.candidates.append(tune_candidates.Candidate(GOOD, name, seconds=found, state=state))
+    ranked = stage.ranked(shapes)
+    assert [candidate.origin for _, candidate in ranked] == ["best", "middle", "slow"]
+    assert [mean for mean, _ in ranked] == pytest.approx([1.0, 2**0.5, 2.0])
