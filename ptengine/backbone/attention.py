@@ -20,7 +20,7 @@ from ptengine.backbone import last_layer
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 
-__all__ = ["IMPLEMENTATION", "KEYWORD", "Observed", "PrefixContext", "packed_attention"]
+__all__ = ["IMPLEMENTATION", "KEYWORD", "Observed", "PrefixContext", "packed_attention", "per_row"]
 
 IMPLEMENTATION = "ptengine"  # the name under which both functions are registered with transformers
 KEYWORD = "ptengine_prefix"  # the keyword of the model call
@@ -148,8 +148,8 @@ def _attention(
         prefix_k, prefix_v = context.prefix(module.layer_idx, query.dtype)  # type: ignore[arg-type]
         out = prefix_attention(
             query, key, value, prefix_k, prefix_v,
-            key_starts=_per_row(context.key_starts, query.shape[0]),
-            prompt_ids=None if prefix_k is None else _per_row(context.prompt_ids, query.shape[0]),
+            key_starts=per_row(context.key_starts, query.shape[0]),
+            prompt_ids=None if prefix_k is None else per_row(context.prompt_ids, query.shape[0]),
             prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling, **rules.keywords(),
         )  # fmt: skip
         assert isinstance(out, Tensor)
@@ -297,7 +297,7 @@ def _packed(
     return out
 
 
-def _per_row(x: Tensor | None, batch: int) -> Tensor | None:
+def per_row(x: Tensor | None, batch: int) -> Tensor | None:
     """Beam search and several sequences per input repeat every row of a batch next to itself."""
     if x is None or x.numel() == batch:
         return x

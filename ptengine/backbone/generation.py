@@ -6,6 +6,7 @@ Not one copy per row or beam: the keys and values of a prompt stay apart from th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptengine.backbone.attention import PrefixContext
+from ptengine.backbone.decoding import DecodingCache, decoder, decodes
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.patching import eval_mode, patched, require_patched, with_prefix
 from ptengine.backbone.spec import BackboneSpec
@@ -100,7 +102,8 @@ def _generate(
     prefixes, prompt_ids = _prefixes(model, spec, prompt, len(ids))
     sizes = [prefix.num_virtual_tokens for prefix in prefixes]
     virtual = torch.tensor([sizes[i] if i >= 0 else 0 for i in prompt_ids], device=device)  # [B]
-    _check_length(model, spec, ids, virtual, longest, kwargs)
+    new = _new_tokens(model, longest, kwargs)
+    _check_length(spec, ids, virtual, new)
     keys = values = lengths = None
     if prefixes:
         keys, values, lengths = stack_prefixes(prefixes, device)
@@ -111,13 +114,17 @@ def _generate(
         prefix_lengths=lengths,
         key_starts=padding.to(torch.int32),
     )
-    if spec.windowed and kwargs.get("use_cache", True) is not False:
+    runs = model
+    if decodes(model, spec, partial(_setting, model, kwargs)):
+        kwargs = kwargs | {"past_key_values": DecodingCache()}
+        runs = decoder(model, spec, context, kwargs["past_key_values"], new)
+    elif spec.windowed and kwargs.get("use_cache", True) is not False:
         # The cache that generate would make drops what has left a window, and with it the count of a row's tokens,
         # which says how far the prompt is behind.
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()
     with with_prefix(context, virtual):
-        sequences = model.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
+        sequences = runs.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
 
 
@@ -168,7 +175,8 @@ def _prefixes(model: Any, spec: BackboneSpec, prompt: Any, batch: int) -> tuple[
         check_fit(spec, lowered)
         prefixes.append(lowered if isinstance(lowered, KeyValuePrefix) else capture_prefix(model, lowered))
     device = spec.word_embeddings.weight.device
-    prefixes = [KeyValuePrefix(prefix.keys.to(device), prefix.values.to(device)) for prefix in prefixes]
+    dtype = spec.word_embeddings.weight.dtype  # once: attention would convert what differs in every step
+    prefixes = [KeyValuePrefix(one.keys.to(device, dtype), one.values.to(device, dtype)) for one in prefixes]
     return prefixes, [-1 if one is None else order[id(one)] for one in per_row]
 
 
@@ -183,15 +191,21 @@ def _padding_token(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> int:
     return next((int(token) for token in candidates if token is not None), 0)
 
 
-def _check_length(
-    model: Any, spec: BackboneSpec, ids: list[list[int]], virtual: Tensor, longest: int, kwargs: dict[str, Any]
-) -> None:
-    """Refuse before any work what would run beyond the position embeddings."""
+def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
+    """A setting of a `generate` call: given by itself, in a configuration, or the model's own."""
     config = kwargs.get("generation_config") or model.generation_config
-    new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
-    if new is None:
-        limit = kwargs.get("max_length", getattr(config, "max_length", None)) or longest + 20
-        new = max(limit - longest, 0)
+    return kwargs[name] if name in kwargs else getattr(config, name, None)
+
+
+def _new_tokens(model: Any, longest: int, kwargs: dict[str, Any]) -> int:
+    """How many tokens each row of `longest` slots gets at most."""
+    new = _setting(model, kwargs, "max_new_tokens")
+    limit = _setting(model, kwargs, "max_length") or longest + 20
+    return int(max(limit - longest, 0) if new is None else new)
+
+
+def _check_length(spec: BackboneSpec, ids: list[list[int]], virtual: Tensor, new: int) -> None:
+    """Refuse before any work what would run beyond the position embeddings."""
     for row, (tokens, size) in enumerate(zip(ids, virtual.tolist(), strict=True)):
         if size + len(tokens) + new > spec.max_positions:
             raise InputError(
