@@ -19,7 +19,6 @@ from ptengine.kernels.gated_activation import gated_activation
 from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 from ptengine.kernels.prefix_concat import prefix_concat, prefix_concat_paged, prefix_concat_varlen
-from ptengine.kernels.rms_norm import rms_norm
 from ptengine.kernels.rotary import rotary_embedding
 
 __all__ = ["CALLS", "Call"]
@@ -193,29 +192,6 @@ def _attentions() -> list[Call]:
     return calls
 
 
-def _norm(dtype: torch.dtype, channels: int, heads: int | None) -> None:
-    """All of a projection, or some heads of one that holds others too, as a norm of each head meets them."""
-    shape = (57, channels) if heads is None else (57, heads + 16, channels)
-    x = torch.zeros(shape, dtype=dtype, requires_grad=True)
-    weight = torch.zeros(channels, dtype=dtype)
-    _differentiate(rms_norm(x if heads is None else x[:, :heads], weight, 1e-6), x)
-
-
-def _norms() -> list[Call]:
-    # Every number of threads there is, and the sizes that are not powers of two of two models.
-    wide = {None: (64, 2048, 2880, 4096, 5120, 8192, 16384), 32: (128,)}
-    return [
-        Call(
-            f"{_NAMES[dtype]} D{channels}{'' if heads is None else ' heads'}",
-            partial(_norm, dtype, channels, heads),
-            None if channels in (128, 4096, 16384) else _MAIN,
-        )
-        for dtype in (torch.bfloat16, torch.float32)
-        for heads, sizes in wide.items()
-        for channels in sizes
-    ]
-
-
 def _gate(dtype: torch.dtype, activation: str) -> None:
     gate, up = (torch.zeros(57, 2752, dtype=dtype, requires_grad=True) for _ in range(2))
     _differentiate(gated_activation(gate, up, activation), gate, up)
@@ -253,6 +229,5 @@ CALLS: dict[str, list[Call]] = {
     "linear_cross_entropy": _losses(),
     "prefix_attention": _attentions(),
     "prefix_concat": _concats(),
-    "rms_norm": _norms(),
     "rotary": _rotaries(),
 }

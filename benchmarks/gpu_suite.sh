@@ -71,7 +71,7 @@ run_tests() {
         "${workers[@]+"${workers[@]}"}" --junit-xml="$details/$stage.xml" -k "$1" \
         tests/kernels/test_prefix_attention_triton.py tests/kernels/test_linear_cross_entropy_triton.py \
         tests/kernels/test_prefix_concat_triton.py tests/kernels/test_prefix_concat_varlen.py \
-        tests/kernels/test_prefix_concat_paged.py tests/kernels/test_rms_norm.py \
+        tests/kernels/test_prefix_concat_paged.py \
         tests/kernels/test_gated_activation.py tests/kernels/test_rotary.py tests/backbone/test_decoding.py::TestOnTheGpu
 }
 stage_tests() { run_tests "not (bitwise or same_bits)"; }

@@ -1,4 +1,4 @@
-"""What the tests of rms_norm, gated_activation and rotary share: running a function and judging its numbers."""
+"""What the tests of gated_activation and rotary share: running a function and judging its numbers."""
 
 from __future__ import annotations
 
