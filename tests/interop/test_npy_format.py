@@ -65,7 +65,7 @@ def test_bad_files_are_one_clear_error(tmp_path: Path, case: str) -> None:
 
 def test_bad_exports_are_refused_and_write_nothing(tmp_path: Path) -> None:
     model = make("llama")
-    with pytest.raises(InputError, match="expected a SoftPrompt, .* got 'prefix'"):
+    with pytest.raises(InputError, match=r"expected a SoftPrompt, .* got 'prefix'"):
         save_npy(Prefix(model, 4), tmp_path / "out.npy")
     with pytest.raises(InputError, match=r"ends in \.npy, got .*out.safetensors"):
         save_npy(SoftPrompt(model, 4), tmp_path / "out.safetensors")
