@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +26,7 @@ __all__ = [
     "make_directory",
     "safetensors_bytes",
     "save_safetensors_atomic",
+    "staged_directory",
     "sync_directory",
     "write_atomic",
     "write_json_atomic",
@@ -143,6 +146,41 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     if not os.access(path, os.W_OK | os.X_OK):
         raise InputError(f"expected a directory to write to, got {str(path)!r}: permission denied")
     return path
+
+
+@contextmanager
+def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A new directory under a temporary name beside `path`, which gets that name when the block ends.
+
+    For writers of whole directories that cannot be told to write in one step. If the block fails, nothing is left.
+
+    Raises:
+        InputError: before the block: there is something at `path` other than an empty directory, or the directory above
+            it cannot be made or written.
+        OSError: a file could not be made to survive a power cut.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise InputError(f"expected a new or empty directory, got {str(path)!r}, which is no directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise InputError(f"expected a new or empty directory, got {str(path)!r}, which has files")
+    parent = make_directory(path.absolute().parent)
+    staging = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=parent))
+    try:
+        yield staging
+        for folder, _, names in os.walk(staging):
+            for name in names:
+                handle = os.open(os.path.join(folder, name), os.O_RDONLY)
+                try:
+                    os.fsync(handle)
+                finally:
+                    os.close(handle)
+            sync_directory(folder)
+        staging.chmod(0o777 & ~_UMASK)
+        os.replace(staging, path)  # an empty directory is replaced, too
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    sync_directory(parent)
 
 
 def sync_directory(path: str | os.PathLike[str]) -> None:

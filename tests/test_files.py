@@ -16,6 +16,7 @@ from ptengine.errors import InputError
 from ptengine.files import (
     make_directory,
     save_safetensors_atomic,
+    staged_directory,
     write_atomic,
     write_json_atomic,
     write_together,
@@ -119,3 +120,44 @@ def test_directories(tmp_path):
         make_directory(tmp_path / "file")
     with pytest.raises(OSError, match="missing"):
         write_atomic(tmp_path / "missing" / "a", b"")
+
+
+def test_a_directory_appears_when_all_of_it_is_written(tmp_path):
+    """With the permissions of an ordinary new one; an empty directory gives way."""
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        path = tmp_path / name
+        with staged_directory(path) as staging:
+            (staging / "a").write_bytes(b"a")
+            assert staging.parent == tmp_path
+            assert not path.exists() or not names(path)
+        assert names(path) == ["a"]
+        (tmp_path / "ordinary").mkdir()
+        assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "ordinary").stat().st_mode)
+        (tmp_path / "ordinary").rmdir()
+    assert names(tmp_path) == ["empty", "new"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space"), KeyboardInterrupt()])
+def test_a_directory_that_fails_leaves_nothing(tmp_path, error):
+    def half():
+        with staged_directory(tmp_path / "out") as staging:
+            (staging / "a").write_bytes(b"a")
+            raise error
+
+    with pytest.raises(type(error)):
+        half()
+    assert names(tmp_path) == []
+
+
+def test_a_directory_with_files_is_not_replaced(tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a").write_bytes(b"a")
+    (tmp_path / "link").symlink_to(tmp_path / "full")
+    for path, message in (("full", "which has files"), ("full/a", "no directory"), ("link", "no directory")):
+        with (
+            pytest.raises(InputError, match=f"a new or empty directory, got .*{message}"),
+            staged_directory(tmp_path / path),
+        ):
+            raise AssertionError
+    assert names(tmp_path) == ["full", "link"]

@@ -17,6 +17,7 @@ COMMANDS = {
     "tune": "tune a prompt on your data against a frozen model",
     "eval": "score a tuned prompt, or the frozen model alone, on a file",
     "generate": "label or continue texts with a tuned prompt",
+    "export": "write a tuned prompt for PEFT, for vLLM, or into a stock checkpoint",
     "doctor": "report versions, devices, and which path each operation will take and why",
 }
 

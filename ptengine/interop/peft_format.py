@@ -1,15 +1,17 @@
-"""PEFT checkpoints of prompt tuning and prefix tuning, read and written without PEFT.
+"""PEFT checkpoints of its prompt methods, read and written without PEFT.
 
 A checkpoint is a directory with `adapter_config.json` (indent 2, sorted keys) and `adapter_model.safetensors` (header
-{"format": "pt"}): `prompt_embeddings` fp32, [P, d] for PROMPT_TUNING and [P, L*2*H_kv*D] for PREFIX_TUNING, and for
+{"format": "pt"}): `prompt_embeddings` fp32, [P, d] for soft prompts and [P, L*2*H_kv*D] for prefixes, and for
 sequence classification the trained head under `base_model.<its name in the model>`. PEFT saves what its
-reparametrisation computes, never the MLP itself, so folding a prompt before writing loses nothing.
+reparametrisation computes, never the MLP itself, so folding a prompt before writing loses nothing. What the methods
+differ in is the business of `ptengine.interop.peft_types`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,14 @@ from torch import Tensor, nn
 from ptengine.backbone.spec import backbone_spec, kind_of
 from ptengine.errors import InputError
 from ptengine.files import make_directory, safetensors_bytes, write_together
+from ptengine.interop.peft_types import (
+    PREFIX_TYPES,
+    REFUSED_TYPES,
+    SOFT_TYPES,
+    multitask_tensors,
+    rows_of,
+    training_fields,
+)
 from ptengine.prompts import BackboneFacts, Prefix, Prompt, SoftPrompt, backbone_facts
 from ptengine.prompts.initialization import check_count
 from ptengine.prompts.io import read_safetensors
@@ -37,35 +47,42 @@ _HEADS = ("classifier", "score")  # PEFT's names of the heads it trains and save
 
 
 def save_peft(
-    prompt: Prompt,
+    prompt: Prompt | Sequence[Prompt],
     directory: str | os.PathLike[str],
     model: Any | None = None,
     *,
     task_type: str | None = None,
+    peft_type: str | None = None,
 ) -> Path:
     """Write `prompt` as a checkpoint that `PeftModel.from_pretrained(model, directory)` loads.
 
     Both files are written under temporary names first and then renamed, the configuration last.
 
     Args:
-        prompt: a `SoftPrompt` or a `Prefix`; a reparametrisation is folded, as PEFT does.
+        prompt: a `SoftPrompt` or a `Prefix`; a reparametrisation is folded, as PEFT does. For MULTITASK_PROMPT_TUNING a
+            list of soft prompts of the same length on the same backbone, too: task i is the i-th.
         directory: made if need be; its other files are not touched.
         model: the prompt's backbone. SEQ_CLS needs it: its head (`classifier` or `score`) is written along, and PEFT
             loads no checkpoint of that task without one. CAUSAL_LM does not.
         task_type: ``"CAUSAL_LM"`` or ``"SEQ_CLS"``; None means CAUSAL_LM for causal backbones and SEQ_CLS for encoders.
+        peft_type: the method PEFT will take it for. A soft prompt may be ``"PROMPT_TUNING"`` (None means this),
+            ``"P_TUNING"`` (folded: PEFT infers with it, but would train an encoder that starts at random) or
+            ``"MULTITASK_PROMPT_TUNING"`` (rank P: columns are the identity, rows the prompts, the shared prompt ones);
+            a prefix ``"PREFIX_TUNING"`` (None means this) or ``"CARTRIDGE"`` (no frozen tokens). All give the same
+            logits.
 
     Returns:
         The directory.
 
     Raises:
-        InputError: a prompt of another method (PEFT has no form for it), another task type, CAUSAL_LM for an encoder,
-            SEQ_CLS without a model or with one that has no such head, a model that is not the prompt's backbone, or a
-            directory that cannot be written.
+        InputError: a prompt of another method (PEFT has no form for it); a peft_type that is not for this kind of
+            prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an encoder; SEQ_CLS without a
+            model or with one that has no such head; a model that is not the prompt's backbone; several prompts for
+            another type, or ones that differ in length or backbone; or a directory that cannot be written.
     """
-    if not isinstance(prompt, SoftPrompt | Prefix):
-        method = getattr(prompt, "method", type(prompt).__name__)
-        raise InputError(f"expected a SoftPrompt or a Prefix, the prompts PEFT has a form for, got {method!r}")
-    facts = prompt.facts
+    prompts: list[Any] = [prompt] if isinstance(prompt, Prompt) or not isinstance(prompt, Sequence) else list(prompt)
+    peft_type = _checked_type(prompts, peft_type)
+    facts = prompts[0].facts
     kind = kind_of(facts.model_type)
     if task_type is None:
         task_type = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
@@ -81,6 +98,7 @@ def save_peft(
         facts.require_same(backbone_facts(model), "the prompt to export")
     if task_type == "SEQ_CLS":
         tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in _head(model).items()}
+    count = prompts[0].num_virtual_tokens
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": facts.base_model,
@@ -88,34 +106,26 @@ def save_peft(
         "modules_to_save": list(_HEADS) if task_type == "SEQ_CLS" else None,
         "num_layers": facts.num_layers,
         "num_transformer_submodules": 1,
-        "num_virtual_tokens": prompt.num_virtual_tokens,
+        "num_virtual_tokens": count,
+        "peft_type": peft_type,
         "peft_version": PEFT_VERSION,
         "revision": None,
         "task_type": task_type,
     }
-    if isinstance(prompt, SoftPrompt):
-        tensors[_PROMPT_KEY] = prompt.embeds.float()  # [P, d]
-        config |= {
-            "num_attention_heads": facts.num_heads,
-            "peft_type": "PROMPT_TUNING",
-            "prompt_tuning_init": "RANDOM",
-            "prompt_tuning_init_text": None,
-            "token_dim": facts.hidden_size,
-            "tokenizer_kwargs": None,
-            "tokenizer_name_or_path": None,
-        }
+    config |= training_fields(peft_type, num_ranks=count, num_tasks=len(prompts))
+    if peft_type in SOFT_TYPES:
+        config |= {"num_attention_heads": facts.num_heads, "token_dim": facts.hidden_size}
+        if peft_type == "MULTITASK_PROMPT_TUNING":
+            tensors |= multitask_tensors([one.embeds for one in prompts])
+        else:
+            tensors[_PROMPT_KEY] = prompts[0].embeds.float()  # [P, d]
     else:
-        lowered = prompt.lower()
+        lowered = prompts[0].lower()
         tensors[_PROMPT_KEY] = prefix_to_blocks(lowered.keys.float(), lowered.values.float())  # [P, L*2*H_kv*D]
         width = facts.num_kv_heads * facts.head_dim
-        config |= {
-            "encoder_hidden_size": width,
-            "init_weights": None,
-            "num_attention_heads": facts.num_kv_heads,
-            "peft_type": "PREFIX_TUNING",
-            "prefix_projection": False,
-            "token_dim": width,
-        }
+        config |= {"num_attention_heads": facts.num_kv_heads, "token_dim": width}
+        if peft_type == "PREFIX_TUNING":
+            config["encoder_hidden_size"] = width
     target = make_directory(directory)
     text = json.dumps(config, indent=2, sort_keys=True)  # no newline at the end, as PEFT writes it
     contents = {WEIGHTS_NAME: safetensors_bytes(tensors, {"format": "pt"}), CONFIG_NAME: text.encode()}
@@ -123,22 +133,40 @@ def save_peft(
     return target
 
 
-def load_peft(directory: str | os.PathLike[str], model: Any, *, load_head: bool = True) -> SoftPrompt | Prefix:
-    """Read a PEFT checkpoint of prompt tuning or prefix tuning for use with `model`.
+def load_peft(
+    directory: str | os.PathLike[str], model: Any, *, load_head: bool = True, task_id: int | None = None
+) -> SoftPrompt | Prefix:
+    """Read a checkpoint of one of PEFT's prompt methods for use with `model`.
+
+    =========================  ==========  =====================================================================
+    peft_type                  becomes     from
+    =========================  ==========  =====================================================================
+    PROMPT_TUNING              SoftPrompt  `prompt_embeddings` [P, d]
+    P_TUNING                   SoftPrompt  `prompt_embeddings` [P, d], which PEFT saves folded; or the encoder's own
+                                           tensors, named as in `PeftModel.state_dict()`
+    MULTITASK_PROMPT_TUNING    SoftPrompt  `prompt_embeddings` times the columns and rows of task `task_id`
+    CPT                        SoftPrompt  `prompt_embeddings` [P, d]; or `embedding` and `delta_embedding`, whose rows
+                                           are scaled into their epsilon balls as PEFT does in every forward
+    PREFIX_TUNING              Prefix      `prompt_embeddings` [P, L*2*H_kv*D]
+    CARTRIDGE                  Prefix      the same; its frozen first tokens come along as ordinary ones, so training
+                                           on changes them, too
+    =========================  ==========  =====================================================================
 
     Args:
         directory: where PEFT's `save_pretrained` (or `save_peft`) wrote.
         model: the backbone.
         load_head: a checkpoint of sequence classification carries the head that was trained with the prompt; it is
             copied into the head of `model`, in place. False leaves the model as it is and drops that head.
+        task_id: which task of MULTITASK_PROMPT_TUNING, from 0; for other methods None.
 
     Returns:
         The prompt, flat, fp32, on the device of the model's word embeddings, with PEFT's numbers.
 
     Raises:
-        InputError: files missing or damaged (pickled `adapter_model.bin` is not read); another peft_type; an
-            encoder-decoder checkpoint; numbers that do not fit the model, naming the field, what the model needs and
-            what the checkpoint has. The model is untouched then.
+        InputError: files missing or damaged (pickled `adapter_model.bin` is not read); another peft_type, with the
+            reason where it is a prompt that no prefix can be; an encoder-decoder checkpoint; numbers that do not fit
+            the model, naming the field, what the model needs and what the checkpoint has; a `task_id` that is missing,
+            out of range or of no use. The model is untouched then.
         UnsupportedModelError: the model is of no supported type.
     """
     facts = backbone_facts(model)
@@ -151,16 +179,16 @@ def load_peft(directory: str | os.PathLike[str], model: Any, *, load_head: bool 
             "when read and is refused: save it again with safe_serialization=True"
         )
     tensors, _ = read_safetensors(directory / WEIGHTS_NAME)
-    if _PROMPT_KEY not in tensors:
-        raise InputError(f"expected {_PROMPT_KEY!r} in {str(directory / WEIGHTS_NAME)!r}, got {sorted(tensors)}")
-    rows = tensors.pop(_PROMPT_KEY)
-    is_prefix = config["peft_type"] == "PREFIX_TUNING"
+    is_prefix = config["peft_type"] in PREFIX_TYPES
     count = check_count(config.get("num_virtual_tokens"), spec)
-    _check_shape(rows, config, facts, count, is_prefix)
+    width = _checked_width(config, facts, is_prefix)
+    try:
+        rows = rows_of(config, tensors, width, task_id)
+    except InputError as error:
+        raise InputError(f"{directory / WEIGHTS_NAME}: {error}") from error
     head = _checked_head(tensors, model) if load_head else {}
 
     described = {"num_virtual_tokens": count, "init": "array"}
-    rows = rows.float()
     device = spec.word_embeddings.weight.device
     prompt: SoftPrompt | Prefix
     if is_prefix:
@@ -176,6 +204,40 @@ def load_peft(directory: str | os.PathLike[str], model: Any, *, load_head: bool 
     return prompt.to(device)
 
 
+def _checked_type(prompts: Sequence[Any], peft_type: str | None) -> str:
+    """The PEFT method that `prompts` are written as."""
+    for prompt in prompts or [None]:
+        if not isinstance(prompt, SoftPrompt | Prefix):
+            method = getattr(prompt, "method", type(prompt).__name__)
+            raise InputError(f"expected a SoftPrompt or a Prefix, the prompts PEFT has a form for, got {method!r}")
+    is_soft = isinstance(prompts[0], SoftPrompt)
+    allowed = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING") if is_soft else PREFIX_TYPES
+    if peft_type is None:
+        peft_type = allowed[0]
+    if peft_type == "CPT" and is_soft:
+        raise InputError(
+            "expected peft_type PROMPT_TUNING, which holds the same numbers, got 'CPT', whose checkpoint names the "
+            "tokens of the context it started from, which a SoftPrompt does not have"
+        )
+    if peft_type in REFUSED_TYPES:
+        raise InputError(f"a prompt cannot be written as {peft_type}: {REFUSED_TYPES[peft_type]}")
+    if peft_type not in allowed:
+        raise InputError(
+            f"expected peft_type, one of {', '.join(allowed)} for a {type(prompts[0]).__name__}, got {peft_type!r}"
+        )
+    if len(prompts) > 1:
+        if peft_type != "MULTITASK_PROMPT_TUNING":
+            raise InputError(f"expected one prompt for {peft_type}, got {len(prompts)}")
+        for index, prompt in enumerate(prompts):
+            if type(prompt) is not type(prompts[0]) or prompt.num_virtual_tokens != prompts[0].num_virtual_tokens:
+                raise InputError(
+                    f"expected {prompts[0].num_virtual_tokens} virtual tokens of a SoftPrompt for task {index}, as for "
+                    f"task 0, got a {type(prompt).__name__} of {prompt.num_virtual_tokens}"
+                )
+            prompts[0].facts.require_same(prompt.facts, "the prompt of task 0")
+    return peft_type
+
+
 def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG_NAME
     if not path.is_file():
@@ -186,10 +248,13 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise InputError(f"expected a json file, got {str(path)!r}: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"expected a json object in {str(path)!r}, got {type(config).__name__}")
-    if config.get("peft_type") not in ("PROMPT_TUNING", "PREFIX_TUNING"):
+    peft_type = config.get("peft_type")
+    if peft_type in REFUSED_TYPES:
+        raise InputError(f"the {peft_type} in {str(path)!r} cannot become a prompt: {REFUSED_TYPES[peft_type]}")
+    if peft_type not in (*SOFT_TYPES, *PREFIX_TYPES):
         raise InputError(
-            f"expected peft_type PROMPT_TUNING or PREFIX_TUNING in {str(path)!r}, the kinds that are a prompt and "
-            f"nothing else, got {config.get('peft_type')!r}"
+            f"expected peft_type, one of {', '.join((*SOFT_TYPES, *PREFIX_TYPES))}, in {str(path)!r}, the kinds that "
+            f"are a prompt and nothing else, got {peft_type!r}"
         )
     if config.get("task_type") == "SEQ_2_SEQ_LM" or config.get("num_transformer_submodules") not in (None, 1):
         raise InputError(
@@ -200,22 +265,20 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def _check_shape(rows: Tensor, config: dict[str, Any], facts: BackboneFacts, count: int, is_prefix: bool) -> None:
+def _checked_width(config: dict[str, Any], facts: BackboneFacts, is_prefix: bool) -> int:
+    """The numbers of a row: d, or L*2*H_kv*D; what the checkpoint says of its model must be true of this one."""
     wanted = {"num_layers": facts.num_layers}
     if is_prefix:
         wanted |= {"num_attention_heads": facts.num_kv_heads, "token_dim": facts.num_kv_heads * facts.head_dim}
-        shape = [count, facts.num_layers * 2 * facts.num_kv_heads * facts.head_dim]
     else:
         wanted |= {"token_dim": facts.hidden_size}
-        shape = [count, facts.hidden_size]
     for name, value in wanted.items():
         if config.get(name) != value:
             raise InputError(
                 f"the PEFT checkpoint was made for another backbone: the model needs {name} {value}, got "
                 f"{config.get(name)!r}"
             )
-    if list(rows.shape) != shape or not rows.is_floating_point():
-        raise InputError(f"expected {_PROMPT_KEY} floating point {shape}, got {rows.dtype} {list(rows.shape)}")
+    return facts.num_layers * 2 * wanted["token_dim"] if is_prefix else wanted["token_dim"]
 
 
 def _head(model: Any) -> dict[str, nn.Parameter]:

@@ -49,6 +49,9 @@ class Bench:
     def generate(self, *more: str) -> list[str]:
         return ["generate", "--prompt", str(self.tuned), *more]
 
+    def export(self, *more: str, name: str = "peft") -> list[str]:
+        return ["export", "--prompt", str(self.tuned), "--format", name, "--output", str(self.out), *more]
+
     def copy(self, name: str, source: str | Path) -> Path:
         return Path(shutil.copytree(source, self.folder / name))
 
@@ -271,6 +274,32 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "column the template does not have": (lambda b: b.generate("--column", "title=a"), ("text", "'title'")),
     "sampling options without sampling": (lambda b: b.generate("--text", "a", "--top-p", "0.5"), ("--do-sample",)),
     "temperature of zero": (lambda b: b.generate("--text", "a", "--do-sample", "--temperature", "0"), ("above 0", "0")),
+    # Exporting
+    "unknown format": (lambda b: b.export(name="gguf"), ("--format", "peft, prompt_embeds, baked", "'gguf'")),
+    "no format": (lambda b: ["export", "--prompt", str(b.tuned), "--output", str(b.out)], ("--format", "none")),
+    "export into a folder in use": (
+        lambda b: [*b.export()[:-1], str(b.tuned)],
+        ("--output", "new or empty", "not empty"),
+    ),
+    "export over a file": (lambda b: [*b.export()[:-1], b.file("f", "x")], ("--output", "no folder")),
+    "type of PEFT for another format": (
+        lambda b: b.export("--peft-type", "P_TUNING", name="baked"),
+        ("--peft-type", "--format peft", "baked"),
+    ),
+    "unknown type of PEFT": (lambda b: b.export("--peft-type", "LORA"), ("PROMPT_TUNING", "'LORA'")),
+    "type of PEFT for a prefix": (lambda b: b.export("--peft-type", "CARTRIDGE"), ("SoftPrompt", "'CARTRIDGE'")),
+    "export without a model": (
+        lambda b: ["export", "--prompt", str(b.copy("p", b.tuned / "prompt")), "--format", "peft", "--output", "o"],
+        ("--model", "task.json"),
+    ),
+    "export for another model": (
+        lambda b: b.export("--model", str(b.world.root.parent / "embedded"), name="baked"),
+        ("hidden_size 16", "256"),
+    ),
+    "export of nothing": (
+        lambda b: ["export", "--prompt", "no/such", "--format", "peft", "--output", "o"],
+        ("--prompt", "'no/such'"),
+    ),
     "beams for a label": (lambda b: b.generate("--text", "a", "--num-beams", "2"), ("--num-beams", "classification")),
 }
 

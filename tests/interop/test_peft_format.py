@@ -250,9 +250,15 @@ BAD = {
         lambda d: (d / "adapter_model.safetensors").write_bytes(b"\x00" * 64),
         "expected a safetensors file",
     ),
-    "lora": (lambda d: change(d, peft_type="LORA"), "PROMPT_TUNING or PREFIX_TUNING.*got 'LORA'"),
-    "p-tuning": (lambda d: change(d, peft_type="P_TUNING"), "got 'P_TUNING'"),
-    "multitask": (lambda d: change(d, peft_type="MULTITASK_PROMPT_TUNING"), "got 'MULTITASK_PROMPT_TUNING'"),
+    "lora": (lambda d: change(d, peft_type="LORA"), "PROMPT_TUNING, P_TUNING, .*got 'LORA'"),
+    "adaption prompt": (
+        lambda d: change(d, peft_type="ADAPTION_PROMPT"),
+        "ADAPTION_PROMPT in .* cannot become a prompt: its tokens have a softmax of their own",
+    ),
+    "multitask without its tasks": (
+        lambda d: change(d, peft_type="MULTITASK_PROMPT_TUNING"),
+        r"adapter_model.safetensors: MULTITASK_PROMPT_TUNING needs task_id, got None",
+    ),
     "no type": (lambda d: change(d, peft_type=None), "got None"),
     "encoder-decoder task": (lambda d: change(d, task_type="SEQ_2_SEQ_LM"), "encoder-decoder"),
     "two transformers": (lambda d: change(d, num_transformer_submodules=2), "encoder-decoder.*submodules 2"),
@@ -261,7 +267,10 @@ BAD = {
     "no count": (lambda d: change(d, num_virtual_tokens=None), "num_virtual_tokens.*got None"),
     "too many tokens": (lambda d: change(d, num_virtual_tokens=64), "below the 64 positions"),
     "another count": (lambda d: change(d, num_virtual_tokens=6), r"\[6, 32\], got torch.float32 \[5, 32\]"),
-    "no prompt tensor": (lambda d: weights(d, other=torch.zeros(5, 32)), r"'prompt_embeddings' in .*got \['other'\]"),
+    "no prompt tensor": (
+        lambda d: weights(d, other=torch.zeros(5, 32)),
+        r"'prompt_embeddings' .*got \['other'\]",
+    ),
     "prompt of integers": (lambda d: weights(d, prompt_embeddings=torch.zeros(5, 32, dtype=torch.int8)), "torch.int8"),
     "a head that the model lacks": (
         lambda d: weights(d, prompt_embeddings=torch.zeros(5, 32), **{"base_model.score.weight": torch.zeros(3, 32)}),

@@ -1,0 +1,95 @@
+"""`ptengine export` from a tuned folder and from a prompt alone: what other programs then read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+from ptengine.prompts import load_prompt
+
+
+@pytest.fixture(scope="module")
+def tuned(world: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from ptengine.cli import main
+
+    output = tmp_path_factory.mktemp("tuned") / "out"
+    assert main(world.tune(output)) == 0
+    return output
+
+
+@pytest.mark.parametrize("source", ["a tuned folder", "a prompt alone"])
+@pytest.mark.parametrize("name", ["peft", "prompt_embeds", "baked"])
+def test_export(world: Any, tuned: Path, call: Callable[..., Any], tmp_path: Path, name: str, source: str) -> None:
+    """Stock transformers gives the logits of the prompt from the files alone."""
+    prompt, more = tuned, ["--json"]
+    if source == "a prompt alone":
+        prompt = Path(shutil.copytree(tuned / "prompt", tmp_path / "prompt"))
+        more += ["--model", world.llama]
+    output = tmp_path / "out"
+    result = call("export", "--prompt", prompt, "--format", name, "--output", output, *more)
+    assert result.status == 0, result.err
+    assert result.json == {
+        "command": "export", "prompt": str(prompt), "method": "soft_prompt", "num_virtual_tokens": 4, "format": name,
+        "output": str(output), "files": sorted(path.name for path in output.iterdir()),
+    }  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(world.llama).eval()
+    own = load_prompt(tuned / "prompt", model)
+    ids = AutoTokenizer.from_pretrained(world.llama)("it was fine", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        with own.attached(model):
+            exact = model(ids).logits
+        if name == "peft":
+            embeds = load_file(output / "adapter_model.safetensors")["prompt_embeddings"]
+        elif name == "prompt_embeds":
+            embeds = load_file(output / "prompt_embeds.safetensors")["prompt_embeds"]
+        if name == "baked":
+            stock, tokenizer = AutoModelForCausalLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+            prefix = json.loads((output / "soft_prompt.json").read_text())["prefix"]
+            ids = tokenizer(prefix + "it was fine", add_special_tokens=False, return_tensors="pt")["input_ids"]
+            got = stock(ids).logits[:, 4:, : exact.shape[-1]]
+        else:
+            both = torch.cat([embeds[None], model.get_input_embeddings()(ids)], dim=1)
+            got = model(inputs_embeds=both).logits[:, 4:]
+    torch.testing.assert_close(got, exact, rtol=0, atol=1e-6)
+
+
+def test_export_for_people(tuned: Path, call: Callable[..., Any], tmp_path: Path) -> None:
+    result = call(
+        "export", "--prompt", tuned, "--format", "peft", "--peft-type", "P_TUNING", "--output", tmp_path / "out"
+    )
+    assert result.status == 0, result.err
+    assert result.out.startswith("4 virtual tokens in ")
+    assert "next: PeftModel.from_pretrained(model, " in result.out
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "P_TUNING"
+
+
+def test_a_trained_head_is_exported(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """A classifier's head is part of PEFT's checkpoint; its virtual tokens alone are of no use to a server."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    output = tmp_path / "tuned"
+    tuned = call(
+        "tune", "--model", world.bert, "--train", world.train, "--text-column", "text", "--method", "prefix",
+        "--output", output, "--num-virtual-tokens", "3", "--max-steps", "2", "--disable-tqdm",
+    )  # fmt: skip
+    assert tuned.status == 0, tuned.err
+    result = call("export", "--prompt", output, "--format", "peft", "--output", tmp_path / "out", "--json")
+    assert result.status == 0, result.err
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert "base_model.classifier.weight" in tensors
+    stock = AutoModelForSequenceClassification.from_pretrained(world.bert, num_labels=2)
+    wrapped = peft.PeftModel.from_pretrained(stock, tmp_path / "out")
+    head = wrapped.base_model.classifier.modules_to_save["default"]
+    assert torch.equal(head.weight, tensors["base_model.classifier.weight"])
+    for name in ("prompt_embeds", "baked"):
+        refused = call("export", "--prompt", output, "--format", name, "--output", tmp_path / name)
+        assert refused.status == 2
+        assert "expected a SoftPrompt, got 'prefix'" in refused.err
+        assert not (tmp_path / name).exists()
