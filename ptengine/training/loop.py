@@ -47,6 +47,9 @@ class Loop:
         saver: of the checkpoints.
         interruption: a signal to obey.
         after_step: called after every step with how many runs took it.
+
+    Attributes:
+        seconds: wall time of the steps.
     """
 
     def __init__(
@@ -62,6 +65,7 @@ class Loop:
         self._saver = saver
         self._interruption = interruption
         self._after_step = after_step
+        self.seconds = 0.0
 
     def go(self) -> None:
         """Run to the end.
@@ -108,6 +112,7 @@ class Loop:
             with _diverging(run, journal):
                 run.end_step(values)
         seconds = time.perf_counter() - begun
+        self.seconds += seconds
         for run, journal in active:
             if run.diverged is None:
                 run.report(journal, seconds)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -45,11 +46,17 @@ class SetSaver:
 
     Tensors of run i are named ``<i>.<name>`` in the file that a checkpoint of one run has them in. Of a run that
     diverged only its history and its best prompt are kept.
+
+    Args:
+        runs: each with its journal.
+        output_dir: where checkpoints go.
+        facts: json values that each of them holds besides.
     """
 
-    def __init__(self, runs: Sequence[tuple[Run, Journal]], output_dir: Path) -> None:
+    def __init__(self, runs: Sequence[tuple[Run, Journal]], output_dir: Path, facts: Mapping[str, Any]) -> None:
         self._runs = runs
         self._output_dir = output_dir
+        self._facts = facts
 
     @property
     def step(self) -> int:
@@ -79,7 +86,7 @@ class SetSaver:
             for stem, group in groups.items():
                 tensors.setdefault(stem, {}).update({f"{index}.{name}": tensor for name, tensor in group.items()})
             states.append(state)
-        write_checkpoint(self._output_dir, self.step, tensors, {"step": self.step, "runs": states})
+        write_checkpoint(self._output_dir, self.step, tensors, {**self._facts, "step": self.step, "runs": states})
         for run, journal in self._runs:
             run.last_checkpoint = path
             if run.diverged is None and run.progress.step == self.step:
