@@ -95,7 +95,8 @@ class Trainer:
     Args:
         model: a transformers model.
         prompt: what is trained, in place; moved to the model's device. None trains the head alone.
-        train_data: a path, a list of dicts or a `datasets.Dataset`; see `ptengine.data.load_rows`.
+        train_data: a path, a list of dicts or a `datasets.Dataset`, see `ptengine.data.load_rows`; or rows that `task`
+            has encoded already.
         eval_data: the same, or None.
         config: the settings.
         task: what a row asks of the model: a task of `ptengine.data`.
@@ -135,9 +136,11 @@ class Trainer:
         self._check_trainable()
         self._check_evaluation(eval_data is not None)
         room = room_for_text(spec, prompt, config.max_length)
-        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train")
+        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train").rows
         self._eval: list[EncodedRow] = (
-            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval") if eval_data is not None else []
+            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval").rows
+            if eval_data is not None
+            else []
         )
         if prompt is not None:
             prompt.to(self.device)

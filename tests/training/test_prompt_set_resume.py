@@ -67,24 +67,31 @@ def assert_same(one: PromptSetResult, other: PromptSetResult) -> None:
                 }
 
 
-def test_resumed_set_equals_the_uninterrupted_one(tiny: ModuleType, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def whole(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> PromptSetResult:
+    """The uninterrupted set; tests do not change its folders."""
+    return make(tiny, tmp_path_factory.mktemp("uninterrupted")).fit()
+
+
+def test_resumed_set_equals_the_uninterrupted_one(tiny: ModuleType, tmp_path: Path, whole: PromptSetResult) -> None:
     """At step 5 one member has stopped, another is inside an epoch, a third has a best prompt; at 10 two are done."""
-    whole = make(tiny, tmp_path / "whole").fit()
+    home = whole.checkpoints[0].parent
     assert [member.steps for member in whole.members if isinstance(member, TrainingResult)] == [9, 12, 7, 4]
     names = [path.name for path in whole.checkpoints]
     # Every five steps, and when a member has done its last.
     assert names == ["checkpoint-4", "checkpoint-5", "checkpoint-7", "checkpoint-9", "checkpoint-10", "checkpoint-12"]
     for step in (5, 10):
         cut = tmp_path / str(step)
-        shutil.copytree(tmp_path / "whole", cut)
+        shutil.copytree(home, cut)
         for path in cut.glob("checkpoint-*"):
             if int(path.name.split("-")[1]) > step:
                 shutil.rmtree(path)
         for member in "abcd":
             shutil.rmtree(cut / member / "prompt")
         assert_same(whole, make(tiny, cut, seed=90).fit(resume=True))
-    assert_same(whole, make(tiny, tmp_path / "whole").fit(resume=True))  # nothing left to do
-    resumed = make(tiny, tmp_path / "path", seed=90).fit(resume=tmp_path / "whole" / "checkpoint-5")
+    shutil.copytree(home, tmp_path / "done")
+    assert_same(whole, make(tiny, tmp_path / "done").fit(resume=True))  # nothing left to do
+    resumed = make(tiny, tmp_path / "path", seed=90).fit(resume=home / "checkpoint-5")
     assert [member.losses for member in resumed.members] == [member.losses for member in whole.members]  # type: ignore[union-attr]
 
 
@@ -118,12 +125,11 @@ class _Tripwire:
     ],
 )
 def test_signal_saves_the_set_and_leaves_with_its_status(
-    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: Any, module: str, where: str, call: int,
-    step: int,
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: PromptSetResult, number: Any,
+    module: str, where: str, call: int, step: int,
 ) -> None:  # fmt: skip
     import importlib
 
-    whole = make(tiny, tmp_path / "whole").fit()
     target = importlib.import_module(f"ptengine.training.{module}")
     with monkeypatch.context() as patch:
         patch.setattr(target, where, _Tripwire(getattr(target, where), number, call))
@@ -161,19 +167,21 @@ def test_diverged_member_stays_out_after_a_resumption(tiny: ModuleType, tmp_path
     assert whole.members[1].losses == again.members[1].losses  # type: ignore[union-attr]
 
 
-def test_what_would_break_exactness_is_refused_by_name(tiny: ModuleType, tmp_path: Path) -> None:
-    make(tiny, tmp_path / "set").fit()
+def test_what_would_break_exactness_is_refused_by_name(
+    tiny: ModuleType, tmp_path: Path, whole: PromptSetResult
+) -> None:
+    shutil.copytree(whole.checkpoints[0].parent, tmp_path / "set")
     tiny.trainer(tmp_path / "single").fit()
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    whole = make(tiny, tmp_path / "set")
+    same = make(tiny, tmp_path / "set")
     cases: list[tuple[str, PromptSet, Any]] = [
-        (r"holds checkpoint-4.*pass resume=True", whole, False),
-        (r"expected 4 members as in the checkpoint .*got 3", PromptSet(whole.members[:3], tmp_path / "set"), True),
-        (r"checkpoint-12, member 0", PromptSet(whole.members[::-1], tmp_path / "set"), True),
+        (r"holds checkpoint-4.*pass resume=True", same, False),
+        (r"expected 4 members as in the checkpoint .*got 3", PromptSet(same.members[:3], tmp_path / "set"), True),
+        (r"checkpoint-12, member 0", PromptSet(same.members[::-1], tmp_path / "set"), True),
         (r"max_tokens_per_batch=None as in .*got 99",
-         PromptSet(whole.members, tmp_path / "set", max_tokens_per_batch=99), True),
+         PromptSet(same.members, tmp_path / "set", max_tokens_per_batch=99), True),
         (r"one of a single run", make(tiny, tmp_path / "new"), tmp_path / "single" / "checkpoint-12"),
-        (r"holds log.jsonl, best, prompt", PromptSet(whole.members, tmp_path / "new"), False),
+        (r"holds log.jsonl, best, prompt", PromptSet(same.members, tmp_path / "new"), False),
         (r"without checkpoints of a run of its own.*single",
          PromptSet([tiny.trainer(tmp_path / "single")], tmp_path / "new"), True),
     ]  # fmt: skip
