@@ -44,11 +44,14 @@ if TYPE_CHECKING:
     from ptengine.prompts import Prefix as Prefix
     from ptengine.prompts import SoftPrompt as SoftPrompt
     from ptengine.prompts import load_prompt as load_prompt
+    from ptengine.training import PromptSet as PromptSet
     from ptengine.training import Trainer as Trainer
     from ptengine.training import TrainingConfig as TrainingConfig
+    from ptengine.training import sweep as sweep
 
 _HOMES = {
     "Prefix": "ptengine.prompts",
+    "PromptSet": "ptengine.training",
     "SoftPrompt": "ptengine.prompts",
     "Trainer": "ptengine.training",
     "TrainingConfig": "ptengine.training",
@@ -57,6 +60,7 @@ _HOMES = {
     "patch": "ptengine.backbone",
     "patched": "ptengine.backbone",
     "supports": "ptengine.backbone",
+    "sweep": "ptengine.training",
     "unpatch": "ptengine.backbone",
 }
 __all__ = [*sorted(_HOMES), "__version__", "interop"]

@@ -14,6 +14,7 @@ from ptengine.backbone.step import (
     capture_prefix,
     label_hidden,
     label_log_probs,
+    label_losses,
     packed_loss,
     sequence_logits,
 )
@@ -35,6 +36,7 @@ __all__ = [
     "is_patched",
     "label_hidden",
     "label_log_probs",
+    "label_losses",
     "pack_padded",
     "pack_rows",
     "packed_loss",

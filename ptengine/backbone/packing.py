@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ptengine.errors import InputError
 
-__all__ = ["IGNORE_INDEX", "PackedBatch", "pack_padded", "pack_rows"]
+__all__ = ["IGNORE_INDEX", "PackedBatch", "join_batches", "pack_padded", "pack_rows"]
 
 IGNORE_INDEX = -100
 
@@ -110,6 +110,31 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None, labels:
         cu_seqlens=_cumulative(lengths),
         max_seqlen=int(lengths.max()),
         labels=None if labels is None else labels[keep],
+    )
+
+
+def join_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
+    """Packed batches one after another as one, on their device, with their labels of tokens.
+
+    Classes of rows and segments are left out: batches of different tasks may be joined.
+
+    Raises:
+        InputError: no batches, or one without labels.
+    """
+    if not batches:
+        raise InputError("expected at least one batch to join, got none")
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    if len(labels) < len(batches):
+        raise InputError(f"expected batches with labels, got {len(batches) - len(labels)} without")
+    begin, ends = 0, [batches[0].cu_seqlens[:1]]
+    for batch in batches:
+        ends.append(batch.cu_seqlens[1:] + begin)
+        begin += batch.num_tokens
+    return PackedBatch(
+        input_ids=torch.cat([batch.input_ids for batch in batches]),
+        cu_seqlens=torch.cat(ends),
+        max_seqlen=max(batch.max_seqlen for batch in batches),
+        labels=torch.cat(labels),
     )
 
 

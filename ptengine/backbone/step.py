@@ -31,6 +31,7 @@ __all__ = [
     "check_fit",
     "label_hidden",
     "label_log_probs",
+    "label_losses",
     "packed_call",
     "packed_loss",
     "predicting_hidden",
@@ -117,13 +118,35 @@ def label_log_probs(
     model: Any, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """log p of every labelled token: fp32 [n], and the row it stands in: int64 [n]. Arguments as in `packed_loss`."""
+    losses, rows = label_losses(model, lowered, batch, prompt_ids=prompt_ids)
+    return -losses, rows
+
+
+def label_losses(
+    model: Any,
+    lowered: Prompts,
+    batch: PackedBatch,
+    *,
+    prompt_ids: Sequence[int] | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of every labelled token, of which `packed_loss` is the mean: fp32 [n], in nats, differentiable.
+
+    The second tensor is the row each stands in, int64 [n]. Arguments and errors as in `packed_loss`.
+    """
     found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
     spec = require_patched(model)
     hidden, weight, bias = _head(spec, found.hidden)
     losses = linear_cross_entropy(
-        hidden, weight, found.labels, bias=bias, softcap=spec.logit_softcap, reduction="none"
+        hidden,
+        weight,
+        found.labels,
+        bias=bias,
+        softcap=spec.logit_softcap,
+        label_smoothing=label_smoothing,
+        reduction="none",
     )  # [n]
-    return -losses, found.rows
+    return losses, found.rows
 
 
 def label_hidden(

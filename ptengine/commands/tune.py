@@ -20,17 +20,20 @@ from ptengine.commands.options import (
     unescape,
     whole,
 )
+from ptengine.commands.sweeping import add_sweep_arguments, check_sweep, is_sweep, run_sweep
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
     from ptengine.commands.recipe import Recipe
     from ptengine.data import Task
+    from ptengine.prompts import Prompt
     from ptengine.training import TrainingResult
 
 EXAMPLE = r"""  ptengine tune --train train.jsonl --eval validation.jsonl --test test.jsonl \
     --template 'Review: {text}\nGood or bad?' --label-words 'positive= good,negative= bad' \
     --model path/to/llama --method soft --num-virtual-tokens 20 --num-train-epochs 3 --output out
-  ptengine eval --prompt out --data test.jsonl"""
+  ptengine eval --prompt out --data test.jsonl
+  ptengine tune ... --seeds 1,2,3 --learning-rates 0.03,0.1,0.3 --output sweep   # nine runs at once"""
 
 METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
 
@@ -66,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with the run in --output, from its newest checkpoint or the one given",
     )  # fmt: skip
     add_config_arguments(parser)
+    add_sweep_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
@@ -75,6 +79,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.prompts import create
     from ptengine.training import Trainer, TrainingConfig, evaluate
 
+    check_sweep(args)
     config = TrainingConfig(output_dir=args.output, **config_options(args))
     output = Path(args.output)
     _check_output(output, args.resume)
@@ -87,18 +92,25 @@ def run(args: argparse.Namespace) -> Outcome:
     model = load_model(args.model, device, dtype, labels, config.seed)
     if args.init in ("text", "class_labels", "sampled_vocab"):
         options["tokenizer"] = tokenizer
-    prompt = create(METHODS[args.method], model, seed=config.seed, **options)
-    trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
+
+    def make_prompt(seed: int) -> Prompt:
+        return create(METHODS[args.method], model, seed=seed, **options)
+
+    prompt: Prompt | None = make_prompt(config.seed)
     recipe = Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task))
     if args.test is not None:
         _check_test(args, config, task, tokenizer, prompt, model)
     if args.resume is not False:
         _check_recipe(output, recipe)
     with _undone_on_bad_input(output):
-        recipe.write(make_directory(output))
-        result = trainer.fit(resume=args.resume)
-    data = _describe(args, result)
-    if args.test is not None:
+        if is_sweep(args):
+            data, lines, prompt = run_sweep(args, config, recipe, model, tokenizer, make_prompt)
+        else:
+            trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
+            recipe.write(make_directory(output))
+            data = _describe(args, trainer.fit(resume=args.resume))
+            lines = _run_lines(data)
+    if args.test is not None and prompt is not None:
         judged = evaluate(
             model,
             prompt,
@@ -112,7 +124,7 @@ def run(args: argparse.Namespace) -> Outcome:
         )
         data["test"] = {"file": args.test, "rows": judged.n, "metrics": judged.metrics}
     write_json_atomic(output / "metrics.json", data)
-    return Outcome(data, tuple(_lines(args.output, data, task)))
+    return Outcome(data, (*lines, *_end_lines(args.output, data, task)), status=0 if prompt is not None else 1)
 
 
 def _check_output(output: Path, resume: Any) -> None:
@@ -246,16 +258,21 @@ def _describe(args: argparse.Namespace, result: TrainingResult) -> dict[str, Any
     }
 
 
-def _lines(output: str, data: dict[str, Any], task: Task) -> list[str]:
-    lines = [
+def _run_lines(data: dict[str, Any]) -> list[str]:
+    return [
         f"{data['steps']} steps in {data['seconds']:.1f} s, {data['tokens_per_second']:.0f} tokens/s, "
-        f"last loss {data['final_loss']:.4f}" + (", stopped early" if data["stopped_early"] else "")
+        f"last loss {data['final_loss']:.4f}" + (", stopped early" if data["stopped_early"] else ""),
+        f"prompt in {data['prompt']}, curve in {data['curve']}, log in {data['log']}",
     ]
+
+
+def _end_lines(output: str, data: dict[str, Any], task: Task) -> list[str]:
+    lines = []
     for name, metrics in (("eval", data["metrics"]), ("test", data.get("test", {}).get("metrics", {}))):
         if metrics:
             lines.append(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
-    lines.append(f"prompt in {data['prompt']}, curve in {data['curve']}, log in {data['log']}")
-    lines.append(f"next: ptengine eval --prompt {output} --data FILE")
-    if task.kind != "sequence_classification":
-        lines.append(f"      ptengine generate --prompt {output} --data FILE")
+    if data["prompt"] is not None:
+        lines.append(f"next: ptengine eval --prompt {output} --data FILE")
+        if task.kind != "sequence_classification":
+            lines.append(f"      ptengine generate --prompt {output} --data FILE")
     return lines

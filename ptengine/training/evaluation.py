@@ -71,7 +71,7 @@ def evaluate(
     check_prompt(prompt, model)
     objective = make_objective(task, model, spec, tokenizer, bf16)
     room = room_for_text(spec, prompt, max_length)
-    rows = encode(task, data, tokenizer, prompt, room, truncation, "data")
+    rows = encode(task, data, tokenizer, prompt, room, truncation, "data").rows
     if generate:
         _check_room(rows, spec.max_positions - (0 if prompt is None else prompt.num_virtual_tokens), max_new_tokens)
     training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []

@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ptengine.errors import InputError
-from ptengine.files import sync_directory
+from ptengine.files import sync_directory, write_atomic
 
-__all__ = ["clean_leftovers", "exclusive", "write_folder"]
+__all__ = ["clean_leftovers", "copy_folder", "exclusive", "write_folder"]
 
 _NEW, _OLD = ".tmp-", ".old-"
 
@@ -45,6 +45,16 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
     return path
+
+
+def copy_folder(source: Path, path: Path) -> Path:
+    """Make `path` a copy of the folder `source`, as `write_folder` does."""
+
+    def write(fresh: Path) -> None:
+        for file in source.iterdir():
+            write_atomic(fresh / file.name, file.read_bytes())
+
+    return write_folder(path, write)
 
 
 def clean_leftovers(folder: Path) -> None:

@@ -16,9 +16,14 @@ from tqdm.auto import tqdm
 
 from ptengine.files import write_atomic
 
-__all__ = ["LOG_NAME", "Journal", "draw_curve"]
+__all__ = ["LOG_NAME", "Journal", "draw_curve", "progress_bar"]
 
 LOG_NAME = "log.jsonl"
+
+
+def progress_bar(start: int, total_steps: int, show: bool) -> tqdm[Any]:
+    """A bar of optimiser steps, to be used as a context."""
+    return tqdm(total=total_steps, initial=start, unit="step", desc="tuning", disable=not show)
 
 
 class Journal:
@@ -50,7 +55,7 @@ class Journal:
         self.path = output_dir / LOG_NAME
         _drop_later_lines(self.path, start, redo_evaluation)
         self._file = open(self.path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 (closed in __exit__)
-        self._bar = tqdm(total=total_steps, initial=start, unit="step", desc="tuning", disable=not show_bar)
+        self._bar = progress_bar(start, total_steps, show_bar)
         self._writer: Any = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter

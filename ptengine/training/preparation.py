@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -10,15 +11,16 @@ from datasets import Dataset
 
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.data import EncodedRow, Task, load_rows
+from ptengine.data import EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
+from ptengine.data.encoding import too_long
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import backbone_facts
 
 __all__ = ["DataSource", "check_prompt", "encode", "room_for_text"]
 
-DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset
+DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
 
 
 def check_prompt(prompt: Prompt | None, model: Any) -> None:
@@ -58,21 +60,34 @@ def encode(
     max_tokens: int,
     truncation: bool,
     name: str,
-) -> list[EncodedRow]:
+) -> EncodedSplit:
     """Read and encode `data`; errors call it by its path, or by `name` where it has none.
+
+    Rows that were cut are counted in a warning. What is encoded already, by the same task and tokenizer, is taken as it
+    is.
 
     Raises:
         InputError: as `load_rows` and `Task.encode`; also a row whose target nothing stands before, unless `prompt` has
-            virtual tokens to predict it from.
+            virtual tokens to predict it from; and an encoded row that is too long.
     """
     source_name = os.fspath(data) if isinstance(data, str | os.PathLike) else name
-    dataset = load_rows(data, name=source_name)
-    rows = task.encode(dataset, tokenizer, max_tokens=max_tokens, truncation=truncation, source_name=source_name).rows
+    if isinstance(data, EncodedSplit):
+        split = data
+        for row in split:
+            if len(row.input_ids) > max_tokens:
+                raise too_long(source_name, row.index, len(row.input_ids), max_tokens, "encoded before")
+    else:
+        dataset = load_rows(data, name=source_name)
+        split = task.encode(dataset, tokenizer, max_tokens=max_tokens, truncation=truncation, source_name=source_name)
+        if split.truncated:
+            warnings.warn(
+                f"{source_name}: {split.truncated} of {len(split)} rows were cut to {max_tokens} tokens", stacklevel=3
+            )
     if task.backbone_kind == "causal" and (prompt is None or isinstance(prompt.lower(), KeyValuePrefix)):
-        for row in rows:
+        for row in split:
             if row.prompt_length == 0:
                 raise InputError(
                     f"{place(source_name, row.index)}: expected at least one token before the target, got an empty "
                     "text; only virtual tokens can predict a first token"
                 )
-    return rows
+    return split

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["load_random_state", "random_state", "seed_everything"]
+__all__ = ["Generators", "load_random_state", "random_state", "seed_everything"]
 
 
 def seed_everything(seed: int) -> None:
@@ -47,3 +49,39 @@ def load_random_state(tensors: dict[str, Tensor], plain: dict[str, Any]) -> None
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if f"cuda.{i}" in tensors:
             torch.cuda.set_rng_state(tensors[f"cuda.{i}"], i)
+
+
+class Generators:
+    """The random numbers that one run draws.
+
+    Alone in the process a run draws from the global generators as they stand. One of several runs has a state of its
+    own, put in place while it draws: it draws what it would draw alone, whatever the others do in between.
+
+    Args:
+        own: whether to keep a state apart, beginning with that of the global generators now.
+    """
+
+    def __init__(self, own: bool = False) -> None:
+        self._own = random_state() if own else None
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Around everything that may draw."""
+        if self._own is None:
+            yield
+            return
+        load_random_state(*self._own)
+        try:
+            yield
+        finally:
+            self._own = random_state()
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """As `random_state`."""
+        return random_state() if self._own is None else self._own
+
+    def load(self, tensors: dict[str, Tensor], plain: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        load_random_state(tensors, plain)
+        if self._own is not None:
+            self._own = random_state()

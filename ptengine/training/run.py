@@ -1,13 +1,13 @@
-"""The state of one run and what moves it: optimiser steps, evaluations, checkpoints.
+"""The state of one run and what moves it: the two ends of an optimiser step, evaluations, the best prompt.
 
 Everything a later step depends on is in `Run.snapshot` and comes back with `Run.restore`, so a run cut off anywhere and
-resumed computes the same numbers. Knows no user input; what reaches it has been checked by the trainer.
+resumed computes the same numbers. What lies between the ends of a step, and in which order runs move, is the loop's
+business. Knows no user input; what reaches it has been checked by the trainer.
 """
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.packing import PackedBatch
 from ptengine.data import EncodedRow, ShuffledBatches
 from ptengine.errors import TrainingDiverged
 from ptengine.files import save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
-from ptengine.training.checkpoints import Checkpoint, prune_checkpoints, write_checkpoint
 from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import write_folder
 from ptengine.training.interruption import Interruption
@@ -34,9 +35,9 @@ from ptengine.training.optimization import (
     optimizer_state,
     schedule_state,
 )
-from ptengine.training.randomness import load_random_state, random_state
+from ptengine.training.randomness import Generators
 
-__all__ = ["HEAD_NAME", "Interrupted", "Plan", "Run"]
+__all__ = ["HEAD_NAME", "Interrupted", "MicroBatch", "Plan", "Run"]
 
 HEAD_NAME = "head.safetensors"
 
@@ -75,8 +76,24 @@ class Progress:
     stopped_early: bool = False
 
 
+@dataclass(frozen=True)
+class MicroBatch:
+    """One forward and backward of a step.
+
+    Attributes:
+        batch: its rows.
+        num_labels: over how many labels its loss is a mean.
+        weight: its share of the step's labels: a step's loss is the mean over all of them, not over the micro-batches'
+            means.
+    """
+
+    batch: PackedBatch
+    num_labels: int
+    weight: float
+
+
 class Run:
-    """One run of a trainer.
+    """One run of a trainer, alone or beside others.
 
     Args:
         plan: what to do.
@@ -85,6 +102,12 @@ class Run:
         head: trainable parameters of the backbone's head by name; empty for tasks without one.
         train_rows: encoded training rows.
         eval_rows: encoded evaluation rows; empty where there are none.
+        generators: the random numbers it draws, seeded.
+
+    Attributes:
+        tokens, seconds: text tokens and wall time of the optimiser steps since the run was made or restored.
+        last_checkpoint: the newest folder that its state can be restored from.
+        diverged: why the run cannot go on, or None.
     """
 
     def __init__(
@@ -95,12 +118,15 @@ class Run:
         head: Mapping[str, nn.Parameter],
         train_rows: Sequence[EncodedRow],
         eval_rows: Sequence[EncodedRow],
+        generators: Generators,
     ) -> None:
         self.plan = plan
         self.progress = Progress()
         self.tokens = 0
         self.seconds = 0.0
         self.last_checkpoint: Path | None = None
+        self.diverged: TrainingDiverged | None = None
+        self._generators = generators
         self._objective = objective
         self._prompt = prompt
         self._head = head
@@ -112,40 +138,22 @@ class Run:
         self._trained = [*prompt_parameters, *head.values()]
         self._optimizer = make_optimizer(plan.config, prompt_parameters, list(head.values()), plan.learning_rate)
         self._schedule = make_schedule(plan.config, self._optimizer, plan.total_steps)
-        self._rows: list[int] = []
+        self._groups: list[list[int]] = []  # training rows of the step's micro-batches
+        self._step_tokens = 0
+        self._rate = self._norm = math.nan  # of the last step
         # Generators and sampler as they were after the last whole step: what a checkpoint holds, also in mid-step.
-        self._randomness = random_state()
+        self._randomness = generators.state()
         self._position = self._batches.state_dict()
 
     @property
     def epoch(self) -> float:
         return self.progress.step / self.plan.steps_per_epoch
 
-    def go(self, journal: Journal, interruption: Interruption) -> None:
-        """Run to the end.
-
-        Raises:
-            TrainingDiverged: a loss, a gradient or an evaluation is not finite; nothing is written for that step.
-            Interrupted: a signal came; a checkpoint of the last whole step has been written.
-        """
-        progress = self.progress
-        try:
-            while True:
-                if progress.evaluation_due:
-                    self._evaluate(journal, interruption)
-                if self._save_due():
-                    self._save(journal)
-                if progress.step >= self.plan.total_steps or progress.stopped_early:
-                    return
-                if interruption.received is not None:
-                    raise Interrupted
-                self._step(journal, interruption)
-        except Interrupted:
-            self._save(journal)
-            raise
-        except TrainingDiverged as error:
-            journal.record("diverged", error.step, self.epoch, {"message": str(error)})
-            raise
+    @property
+    def finished(self) -> bool:
+        """Whether there is no step left to do, or none that could be done."""
+        over = self.progress.step >= self.plan.total_steps or self.progress.stopped_early
+        return over or self.diverged is not None
 
     def snapshot(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
         """Everything a later step depends on: tensors by file stem, and json values."""
@@ -167,21 +175,24 @@ class Run:
         }
         return {stem: group for stem, group in groups.items() if group}, state
 
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Take over the state of `checkpoint`, whose identity has been found equal."""
-        tensors, state = checkpoint.tensors, checkpoint.state
+    def restore(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], path: Path) -> None:
+        """Take over what `snapshot` gave, read from `path`, whose identity has been found equal."""
         run = tensors["run"]
+        self.restore_history(tensors, state, path)
         self.load_weights(join_weights(tensors))
         load_optimizer_state(self._optimizer, tensors.get("optimizer", {}), state["optimizer"])
         load_schedule_state(self._schedule, state["schedule"])
         generators = {name.removeprefix("random."): value for name, value in run.items() if name.startswith("random.")}
-        load_random_state(generators, state["randomness"])
-        self._randomness = random_state()
+        self._generators.load(generators, state["randomness"])
+        self._randomness = self._generators.state()
         self._batches.load_state_dict(state["sampler"])
         self._position = state["sampler"]
+
+    def restore_history(self, tensors: Mapping[str, dict[str, Tensor]], state: Mapping[str, Any], path: Path) -> None:
+        """Take over losses, evaluations and the best prompt alone: what is left of a run that diverged."""
         self._best = tensors.get("best", {})
-        self.progress = Progress(losses=run["losses"].tolist(), **state["progress"])
-        self.last_checkpoint = checkpoint.path
+        self.progress = Progress(losses=tensors["run"]["losses"].tolist(), **state["progress"])
+        self.last_checkpoint = path
         if self._best:
             self._write_best()
 
@@ -204,44 +215,53 @@ class Run:
         """Put the weights of the best evaluation into the prompt and the head."""
         self.load_weights(self._best)
 
-    def _step(self, journal: Journal, interruption: Interruption) -> None:
-        """One optimiser step over the micro-batches of one group."""
-        config, progress = self.plan.config, self.progress
-        begun = time.perf_counter()
-        groups = self._next_group()
-        batches = [self._objective.collate([self._train_rows[i] for i in group]) for group in groups]
+    def begin_step(self) -> list[MicroBatch]:
+        """Take the rows of the next step; gradients begin at none."""
+        self._groups = self._next_group()
+        batches = [self._objective.collate([self._train_rows[i] for i in group]) for group in self._groups]
         counts = [self._objective.count_labels(batch) for batch in batches]
         total = sum(counts)
         if self._prompt is not None:
             self._prompt.train()
         self._optimizer.zero_grad(set_to_none=True)
-        parts: list[Tensor] = []
-        for batch, count in zip(batches, counts, strict=True):
-            # The step so far is dropped: generators, weights and moments in `snapshot` are those before it.
-            if parts and interruption.received is not None:
-                raise Interrupted
-            # Mean over all labels of the step, not the mean of the micro-batches' means.
-            part = self._objective.loss(self._prompt, batch, config.label_smoothing_factor) * (count / total)
-            part.backward()
-            parts.append(part.detach().float())
-        values = torch.stack(parts).tolist()
+        self._step_tokens = sum(batch.num_tokens for batch in batches)
+        return [MicroBatch(batch, count, count / total) for batch, count in zip(batches, counts, strict=True)]
+
+    def backward(self, part: MicroBatch) -> Tensor:
+        """Add a micro-batch's gradient; returns its part of the step's loss, fp32."""
+        with self._generators.in_place():
+            loss = self._objective.loss(self._prompt, part.batch, self.plan.config.label_smoothing_factor)
+        loss = loss * part.weight
+        loss.backward()
+        return loss.detach().float()
+
+    def lower(self) -> LoweredPrompt:
+        """The prompt as the backbone reads it, for a backward pass that several runs share."""
+        assert self._prompt is not None
+        with self._generators.in_place():
+            return self._prompt.lower()
+
+    def end_step(self, losses: Sequence[Tensor]) -> None:
+        """Clip, and take the optimiser's step, with every micro-batch's part of the loss.
+
+        Raises:
+            TrainingDiverged: a loss or the gradient is not finite; the step is not taken.
+        """
+        progress, groups = self.progress, self._groups
+        values = torch.stack(list(losses)).tolist()
         broken = [group for group, value in zip(groups, values, strict=True) if not math.isfinite(value)]
         if broken:
             raise self._diverged(progress.step + 1, "the loss is not finite", _flat(broken))
-        norm = nn.utils.clip_grad_norm_(self._trained, config.max_grad_norm or math.inf).item()
-        if not math.isfinite(norm):
-            raise self._diverged(progress.step + 1, f"the gradient has norm {norm}", _flat(groups))
-        rate = self._optimizer.param_groups[0]["lr"]
+        self._norm = nn.utils.clip_grad_norm_(self._trained, self.plan.config.max_grad_norm or math.inf).item()
+        if not math.isfinite(self._norm):
+            raise self._diverged(progress.step + 1, f"the gradient has norm {self._norm}", _flat(groups))
+        self._rate = self._optimizer.param_groups[0]["lr"]
         self._optimizer.step()
         self._schedule.step()
-        self._rows = _flat(groups)
-        self._randomness, self._position = random_state(), self._batches.state_dict()
+        self._randomness, self._position = self._generators.state(), self._batches.state_dict()
         progress.step += 1
         progress.losses.append(math.fsum(values))
-        progress.evaluation_due = self._due(self.plan.eval_strategy, config.eval_steps)
-        self.tokens += sum(batch.num_tokens for batch in batches)
-        self.seconds += time.perf_counter() - begun
-        self._report(journal, rate, norm)
+        progress.evaluation_due = self.due(self.plan.eval_strategy, self.plan.config.eval_steps)
 
     def _next_group(self) -> list[list[int]]:
         """Training rows of the next step's micro-batches, all of one epoch."""
@@ -253,8 +273,11 @@ class Run:
             if last or len(groups) == self.plan.config.gradient_accumulation_steps:
                 return groups
 
-    def _report(self, journal: Journal, rate: float, norm: float) -> None:
+    def report(self, journal: Journal, seconds: float) -> None:
+        """Tell the journal of the step just taken and of the seconds it took."""
         progress, every = self.progress, self.plan.config.logging_steps
+        self.tokens += self._step_tokens
+        self.seconds += seconds
         speed = self.tokens / self.seconds
         journal.advance(progress.losses[-1], speed)
         if progress.step % every and progress.step != self.plan.total_steps:
@@ -262,15 +285,20 @@ class Run:
         recent = progress.losses[(progress.step - 1) // every * every :]
         values = {
             "loss": math.fsum(recent) / len(recent),
-            "learning_rate": rate,
-            "grad_norm": norm,
+            "learning_rate": self._rate,
+            "grad_norm": self._norm,
             "tokens_per_second": speed,
             "seconds": self.seconds,
         }
         journal.record("train", progress.step, self.epoch, values)
 
-    def _evaluate(self, journal: Journal, interruption: Interruption) -> None:
-        """Evaluate, remember a new best, and decide whether to stop."""
+    def evaluate(self, journal: Journal, interruption: Interruption) -> None:
+        """Evaluate, remember a new best, and decide whether to stop.
+
+        Raises:
+            TrainingDiverged: a metric is not finite.
+            Interrupted: a signal came; the evaluation is still due.
+        """
 
         def check() -> None:
             if interruption.received is not None:
@@ -279,13 +307,14 @@ class Run:
         progress, plan = self.progress, self.plan
         if self._prompt is not None:
             self._prompt.eval()
-        metrics = self._objective.evaluate(
-            self._prompt, self._eval_rows, plan.config.per_device_eval_batch_size, check
-        ).metrics
+        with self._generators.in_place():
+            metrics = self._objective.evaluate(
+                self._prompt, self._eval_rows, plan.config.per_device_eval_batch_size, check
+            ).metrics
         for name, value in metrics.items():
             if not math.isfinite(value):
-                raise self._diverged(progress.step, f"the evaluation's {name} is {value}", self._rows)
-        self._randomness = random_state()
+                raise self._diverged(progress.step, f"the evaluation's {name} is {value}", _flat(self._groups))
+        self._randomness = self._generators.state()
         progress.evaluation_due = False
         progress.evaluations.append({"step": progress.step, "epoch": self.epoch, **metrics})
         journal.record("eval", progress.step, self.epoch, metrics)
@@ -315,7 +344,7 @@ class Run:
         Raises:
             TrainingDiverged: a weight is not finite; nothing is written.
         """
-        self._require_finite()
+        self.require_finite()
 
         def write(fresh: Path) -> None:
             if self._prompt is not None:
@@ -326,7 +355,8 @@ class Run:
 
         return write_folder(folder, write)
 
-    def _due(self, strategy: str, every: int | None) -> bool:
+    def due(self, strategy: str, every: int | None) -> bool:
+        """Whether something of `strategy` ("no", "steps" or "epoch") comes after the step just taken."""
         step = self.progress.step
         if strategy == "no":
             return False
@@ -334,27 +364,11 @@ class Run:
             return True
         return step % (self.plan.steps_per_epoch if strategy == "epoch" else every or 1) == 0
 
-    def _save_due(self) -> bool:
-        if self.progress.step == 0 or self.plan.config.save_strategy == "no":
-            return False
-        return self.progress.stopped_early or self._due(self.plan.config.save_strategy, self.plan.config.save_steps)
-
-    def _save(self, journal: Journal) -> None:
-        """Write a checkpoint of the last whole step, unless there is one, and thin out the older ones."""
-        step = self.progress.step
-        self._require_finite()
-        path = self.plan.output_dir / f"checkpoint-{step}"
-        if self.last_checkpoint == path:
-            return
-        self.last_checkpoint = write_checkpoint(self.plan.output_dir, step, *self.snapshot())
-        journal.record("checkpoint", step, self.epoch, {"path": path.name})
-        prune_checkpoints(self.plan.output_dir, self.plan.config.save_total_limit, step, self.progress.best_step)
-
-    def _require_finite(self) -> None:
+    def require_finite(self) -> None:
         """Refuse to write weights that an update has spoilt: the loss would show it only in the next step."""
         for name, tensor in self.weights().items():
             if not bool(tensor.isfinite().all()):
-                raise self._diverged(self.progress.step, f"{name} is not finite after the step", self._rows)
+                raise self._diverged(self.progress.step, f"{name} is not finite after the step", _flat(self._groups))
 
     def _diverged(self, step: int, what: str, rows: Sequence[int]) -> TrainingDiverged:
         kept = (

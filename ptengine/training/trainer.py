@@ -6,14 +6,10 @@ This is the boundary: everything a user hands over is checked here, before any w
 from __future__ import annotations
 
 import math
-import os
 import resource
 import signal
 import sys
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,22 +22,27 @@ from ptengine.errors import InputError
 from ptengine.files import make_directory
 from ptengine.garbage import settled_objects
 from ptengine.prompts.base import Prompt
-from ptengine.training.checkpoints import Checkpoint, checkpoint_steps, newest_checkpoint, read_checkpoint
+from ptengine.training.checkpoints import Checkpoint, checkpoint_steps
+from ptengine.training.conditions import training_conditions
 from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import clean_leftovers, exclusive
-from ptengine.training.freezing import frozen, head_parameters
-from ptengine.training.identity import environment, fingerprint_rows, require_same_run, run_identity
+from ptengine.training.freezing import head_parameters
+from ptengine.training.identity import environment, fingerprint_rows, run_identity
 from ptengine.training.interruption import Interruption
 from ptengine.training.journal import LOG_NAME, Journal, draw_curve
+from ptengine.training.loop import Loop
 from ptengine.training.objective import make_objective
 from ptengine.training.optimization import warmup_steps
 from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
-from ptengine.training.randomness import load_random_state, random_state, seed_everything
+from ptengine.training.randomness import Generators, seed_everything
+from ptengine.training.resumption import Resume, require_exact, starting_point
 from ptengine.training.run import Interrupted, Plan, Run
+from ptengine.training.saving import RunSaver, restore_run
 
-__all__ = ["Trainer", "TrainingResult"]
+__all__ = ["TRACES", "Trainer", "TrainingResult", "leave", "peak_memory"]
 
-_TRACES = (LOG_NAME, "best", "prompt", "curve.png")
+TRACES = (LOG_NAME, "best", "prompt", "curve.png")
+"""What a run leaves in its folder, besides checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,8 @@ class Trainer:
     Args:
         model: a transformers model.
         prompt: what is trained, in place; moved to the model's device. None trains the head alone.
-        train_data: a path, a list of dicts or a `datasets.Dataset`; see `ptengine.data.load_rows`.
+        train_data: a path, a list of dicts or a `datasets.Dataset`, see `ptengine.data.load_rows`; or rows that `task`
+            has encoded already.
         eval_data: the same, or None.
         config: the settings.
         task: what a row asks of the model: a task of `ptengine.data`.
@@ -130,16 +132,18 @@ class Trainer:
         self.task = task
         self._objective = make_objective(task, model, spec, tokenizer, config.bf16)
         self._head = head_parameters(model) if task.kind == "sequence_classification" else {}
-        self._device = spec.word_embeddings.weight.device
+        self.device = spec.word_embeddings.weight.device
         self._check_trainable()
         self._check_evaluation(eval_data is not None)
         room = room_for_text(spec, prompt, config.max_length)
-        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train")
+        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train").rows
         self._eval: list[EncodedRow] = (
-            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval") if eval_data is not None else []
+            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval").rows
+            if eval_data is not None
+            else []
         )
         if prompt is not None:
-            prompt.to(self._device)
+            prompt.to(self.device)
         self._steps_per_epoch = math.ceil(
             math.ceil(len(self._train) / config.per_device_train_batch_size) / config.gradient_accumulation_steps
         )
@@ -150,7 +154,7 @@ class Trainer:
         )
         warmup_steps(config, self._total_steps)
 
-    def fit(self, resume: bool | str | os.PathLike[str] = False) -> TrainingResult:
+    def fit(self, resume: Resume = False) -> TrainingResult:
         """Train, and write everything into ``config.output_dir``.
 
         Resuming is exact: on one machine and one version of torch the resumed run's losses, evaluations and final
@@ -179,38 +183,56 @@ class Trainer:
             KeyboardInterrupt: after SIGINT, once a checkpoint is written; a second SIGINT does not wait for it.
         """
         started = time.perf_counter()
-        output_dir = make_directory(self.config.output_dir)
-        with exclusive(output_dir):
-            checkpoint = self._starting_point(output_dir, resume)
-            plan = self._plan(output_dir)
-            if checkpoint is not None:
-                _require_exact(checkpoint, plan)
-            clean_leftovers(output_dir)
+        plan = self.make_plan()
+        if not plan.output_dir.exists():
+            _start(plan, resume)  # a refusal leaves no folder behind
+        with exclusive(make_directory(plan.output_dir)):
+            checkpoint = _start(plan, resume)
+            clean_leftovers(plan.output_dir)
             result = None
-            with self._conditions(), Interruption() as interruption:
-                run = Run(plan, self._objective, self.prompt, self._head, self._train, self._eval)
+            prompts = [] if self.prompt is None else [self.prompt]
+            with (
+                training_conditions(self.model, prompts, self._head, self.device, self.config.gradient_checkpointing),
+                Interruption() as interruption,
+            ):
+                run = self.new_run(plan)
                 if checkpoint is not None:
-                    run.restore(checkpoint)
-                with Journal(
-                    output_dir,
-                    run.progress.step,
-                    plan.total_steps,
-                    redo_evaluation=run.progress.evaluation_due,
-                    show_bar=not self.config.disable_tqdm,
-                    tensorboard=self.config.report_to == "tensorboard",
-                ) as journal:
+                    restore_run(run, checkpoint)
+                with self.open_journal(run, show_bar=not self.config.disable_tqdm) as journal:
+                    loop = Loop(
+                        [(run, journal)],
+                        lambda parts: [run.backward(part) for run, part in parts],
+                        RunSaver(run, journal),
+                        interruption,
+                    )
                     try:
                         with settled_objects():
-                            run.go(journal, interruption)
-                        result = self._finish(run, journal, started)
+                            loop.go()
+                        if run.diverged is not None:
+                            raise run.diverged
+                        result = self.conclude(run, journal, started)
                     except Interrupted:
                         journal.record("interrupted", run.progress.step, run.epoch, {})
-        # A signal is answered even if the run came to its end before it could be obeyed.
-        if interruption.received == signal.SIGINT:
-            raise KeyboardInterrupt
-        if result is None or interruption.received is not None:
-            sys.exit(128 + signal.SIGTERM)
+        leave(interruption, done=result is not None)
+        assert result is not None
         return result
+
+    def new_run(self, plan: Plan, alone: bool = True) -> Run:
+        """A run at its first step, inside `training_conditions`; unless `alone` with random numbers of its own."""
+        seed_everything(self.config.seed)
+        generators = Generators(own=not alone)
+        return Run(plan, self._objective, self.prompt, self._head, self._train, self._eval, generators)
+
+    def open_journal(self, run: Run, show_bar: bool) -> Journal:
+        """The journal of a run from where it stands."""
+        return Journal(
+            run.plan.output_dir,
+            run.progress.step,
+            run.plan.total_steps,
+            redo_evaluation=run.progress.evaluation_due,
+            show_bar=show_bar,
+            tensorboard=self.config.report_to == "tensorboard",
+        )
 
     def _check_trainable(self) -> None:
         parameters = [p for p in self.prompt.parameters() if p.requires_grad] if self.prompt is not None else []
@@ -234,7 +256,8 @@ class Trainer:
                 f"expected metric_for_best_model among {', '.join(names)}, got {config.metric_for_best_model!r}"
             )
 
-    def _plan(self, output_dir: Path) -> Plan:
+    def make_plan(self) -> Plan:
+        """What a run will do: the settings with everything that they leave open filled in."""
         config = self.config
         metric = config.metric_for_best_model or self._objective.default_metric
         greater = config.greater_is_better
@@ -243,7 +266,7 @@ class Trainer:
             rate = self.prompt.default_learning_rate() if self.prompt is not None else config.head_learning_rate
         return Plan(
             config=config,
-            output_dir=output_dir,
+            output_dir=Path(config.output_dir),
             learning_rate=rate,
             steps_per_epoch=self._steps_per_epoch,
             total_steps=self._total_steps,
@@ -261,59 +284,15 @@ class Trainer:
                 fingerprint_rows(self._train),
                 fingerprint_rows(self._eval),
             ),
-            environment=environment(self._device),
+            environment=environment(self.device),
         )
 
-    def _starting_point(self, output_dir: Path, resume: bool | str | os.PathLike[str]) -> Checkpoint | None:
-        steps = checkpoint_steps(output_dir)
-        if resume is False:
-            found = [name for name in _TRACES if (output_dir / name).exists()] + [
-                f"checkpoint-{step}" for step in steps
-            ]
-            if found:
-                raise InputError(
-                    f"expected an output_dir without a run, got {str(output_dir)!r}, which holds {', '.join(found)}; "
-                    "pass resume=True to go on with it, or another output_dir"
-                )
-            return None
-        if resume is True:
-            checkpoint, torn = newest_checkpoint(output_dir)
-            for line in torn:
-                used = f"going on from {checkpoint.path.name}" if checkpoint else "starting from the beginning"
-                warnings.warn(f"{line}; {used}", stacklevel=3)
-            return checkpoint
-        if not isinstance(resume, str | os.PathLike):
-            raise InputError(f"expected resume as True, False or a checkpoint folder, got {resume!r}")
-        path = Path(resume)
-        checkpoint = read_checkpoint(path)
-        inside = path.resolve().parent == output_dir.resolve()
-        newer = [step for step in steps if not inside or step > checkpoint.step]
-        if newer:
-            raise InputError(
-                f"expected an output_dir without checkpoints beyond {str(path)!r}, got {str(output_dir)!r} with "
-                f"checkpoint-{newer[-1]}; pass resume=True to go on from that one, or another output_dir"
-            )
-        return checkpoint
+    def conclude(self, run: Run, journal: Journal, started: float) -> TrainingResult:
+        """Write what a finished run leaves; `started` is when, by `time.perf_counter`.
 
-    @contextmanager
-    def _conditions(self) -> Iterator[None]:
-        """Seeded generators and a frozen backbone; the process's generators and the model are put back afterwards."""
-        generators = random_state()
-        training = [(module, module.training) for module in self.prompt.modules()] if self.prompt is not None else []
-        if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)
-        try:
-            with frozen(self.model, self._head, self.config.gradient_checkpointing):
-                seed_everything(self.config.seed)
-                yield
-        finally:
-            load_random_state(*generators)
-            for module, flag in training:
-                module.training = flag
-            for parameter in self.prompt.parameters() if self.prompt is not None else []:
-                parameter.grad = None
-
-    def _finish(self, run: Run, journal: Journal, started: float) -> TrainingResult:
+        Raises:
+            TrainingDiverged: a weight is not finite; no prompt is written.
+        """
         progress, plan = run.progress, run.plan
         best = next((entry for entry in progress.evaluations if entry["step"] == progress.best_step), None)
         held = progress.evaluations[-1] if progress.evaluations else None
@@ -326,7 +305,7 @@ class Trainer:
         curve = draw_curve(plan.output_dir / "curve.png", progress.losses, points, plan.metric)
         seconds = time.perf_counter() - started
         speed = run.tokens / run.seconds if run.seconds else 0.0
-        memory = _peak_memory(self._device)
+        memory = peak_memory(self.device)
         journal.record(
             "end", progress.step, run.epoch, {"seconds": seconds, "tokens_per_second": speed, "peak_memory": memory}
         )
@@ -349,24 +328,23 @@ class Trainer:
         )
 
 
-def _require_exact(checkpoint: Checkpoint, plan: Plan) -> None:
-    where = str(checkpoint.path)
-    require_same_run(checkpoint.state["identity"], plan.identity, where)
-    if checkpoint.step > plan.total_steps:
-        raise InputError(
-            f"expected max_steps of at least the {checkpoint.step} steps of {where}, got {plan.total_steps} steps"
-        )
-    before = checkpoint.state["environment"]
-    for name, now in plan.environment.items():
-        if before.get(name) != now:
-            warnings.warn(
-                f"{where} was written with {name} {before.get(name)!r}, this is {now!r}: "
-                "losses may differ from the uninterrupted run's in their last digits",
-                stacklevel=3,
-            )
+def _start(plan: Plan, resume: Resume) -> Checkpoint | None:
+    """The checkpoint to go on from, found fit for it; None starts anew."""
+    checkpoint = starting_point(plan.output_dir, resume, TRACES)
+    if checkpoint is not None:
+        require_exact(checkpoint.state, plan, str(checkpoint.path))
+    return checkpoint
 
 
-def _peak_memory(device: torch.device) -> int:
+def leave(interruption: Interruption, done: bool) -> None:
+    """Answer a signal, even if the run came to its end before it could be obeyed."""
+    if interruption.received == signal.SIGINT:
+        raise KeyboardInterrupt
+    if not done or interruption.received is not None:
+        sys.exit(128 + signal.SIGTERM)
+
+
+def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -26,6 +26,10 @@ class Bench:
     def tune(self, *more: str) -> list[str]:
         return self.world.tune(self.out, *more)
 
+    def sweep(self, *more: str) -> list[str]:
+        self.out.mkdir()  # an empty folder may be there, and must stay as it is
+        return self.tune("--eval", self.world.test, *more)
+
     def swapped(self, old: str, new: str, *more: str) -> list[str]:
         """A tuning run with one argument replaced."""
         arguments = self.tune(*more)
@@ -113,6 +117,44 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "metric the task does not have": (
         lambda b: b.tune("--eval", b.world.test, "--metric-for-best-model", "bleu"),
         ("metric_for_best_model", "accuracy", "'bleu'"),
+    ),
+    # A sweep
+    "seeds that are none": (lambda b: b.tune("--seeds", "1,x"), ("--seeds", "whole number", "'x'")),
+    "rates that are none": (lambda b: b.tune("--learning-rates", "0.1,,1"), ("--learning-rates", "a number", "''")),
+    "a seed twice": (lambda b: b.sweep("--seeds", "1,2,1"), ("expected seeds", "different", "[1, 2, 1]")),
+    "a rate below zero": (lambda b: b.sweep("--learning-rates", "0.1,-1"), ("learning_rate", "-1")),
+    "seed and seeds": (lambda b: b.sweep("--seeds", "1,2", "--seed", "3"), ("--seeds or --seed", "both")),
+    "rate and rates": (
+        lambda b: b.sweep("--learning-rates", "1,2", "--learning-rate", "3"),
+        ("--learning-rates or --learning-rate", "both"),
+    ),
+    "sweep without evaluation": (lambda b: b.tune("--seeds", "1,2"), ("--eval", "none")),
+    "sweep with evaluation off": (lambda b: b.sweep("--seeds", "1,2", "--eval-strategy", "no"), ("eval_strategy",)),
+    "limit of tokens without a sweep": (
+        lambda b: b.tune("--max-tokens-per-batch", "9"),
+        ("--seeds or --learning-rates", "--max-tokens-per-batch"),
+    ),
+    "sweep over a trained head": (
+        lambda b: [
+            "tune",
+            "--model",
+            b.world.bert,
+            "--train",
+            b.world.train,
+            "--eval",
+            b.world.test,
+            "--text-column",
+            "text",
+            "--method",
+            "prefix",
+            "--output",
+            str(b.out),
+            "--max-steps",
+            "3",
+            "--seeds",
+            "1,2",
+        ],
+        ("trained head", "SequenceClassificationTask"),
     ),
     # The task
     "no template": (

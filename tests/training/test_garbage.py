@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from ptengine.garbage import settled_objects
-from ptengine.training.run import Run
+from ptengine.training.loop import Loop
 
 from . import tiny
 
@@ -49,13 +49,13 @@ def test_what_the_caller_froze_stays_frozen() -> None:
 
 def test_a_run_is_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
-    original = Run.go
+    original = Loop.go
 
-    def go(self: Run, *args: Any) -> None:
+    def go(self: Loop, *args: Any) -> None:
         counts.append(gc.get_freeze_count())
         original(self, *args)
 
-    monkeypatch.setattr(Run, "go", go)
+    monkeypatch.setattr(Loop, "go", go)
     tiny.trainer(tmp_path, max_steps=1).fit()
     assert counts[0] > 1000
     assert gc.get_freeze_count() == 0

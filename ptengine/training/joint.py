@@ -1,0 +1,82 @@
+"""The backward pass that several prompts share: their micro-batches as one packed batch against one backbone.
+
+Every prompt is a row, or a prefix, of its own, which its rows alone read, and every run's loss is the mean over its own
+labels, so no gradient reaches another prompt. Knows runs and the backbone; no optimiser and no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptengine.backbone import label_losses
+from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.packing import join_batches
+from ptengine.training.run import MicroBatch, Run
+
+__all__ = ["JointBackward"]
+
+Part = tuple[Run, MicroBatch]
+
+
+class JointBackward:
+    """A `ptengine.training.loop.Backward` in as few forwards as `max_tokens` allows.
+
+    Args:
+        model: the patched, frozen causal model.
+        device: of the model.
+        bf16: run it under bfloat16 autocast.
+        label_smoothing: of the training loss.
+        max_tokens: most positions of one forward, virtual tokens among them; one run's micro-batch is never cut, so a
+            single one may exceed it. None sets no limit.
+    """
+
+    def __init__(
+        self, model: Any, device: torch.device, bf16: bool, label_smoothing: float, max_tokens: int | None
+    ) -> None:
+        self._model = model
+        self._device = device
+        self._bf16 = bf16
+        self._label_smoothing = label_smoothing
+        self._max_tokens = max_tokens
+
+    def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
+        losses: list[Tensor] = []
+        for group in self._groups(parts):
+            losses += self._backward(group)
+        return losses
+
+    def _groups(self, parts: Sequence[Part]) -> Iterator[list[tuple[Part, LoweredPrompt]]]:
+        """Parts in order, each with its prompt lowered, cut where a forward would grow too long."""
+        group: list[tuple[Part, LoweredPrompt]] = []
+        taken = 0
+        for run, micro_batch in parts:
+            lowered = run.lower()
+            size = lowered.num_virtual_tokens + micro_batch.batch.num_tokens
+            if group and self._max_tokens is not None and taken + size > self._max_tokens:
+                yield group
+                group, taken = [], 0
+            group.append(((run, micro_batch), lowered))
+            taken += size
+        yield group
+
+    def _backward(self, group: Sequence[tuple[Part, LoweredPrompt]]) -> list[Tensor]:
+        micro_batches = [micro_batch for (_, micro_batch), _ in group]
+        batch = join_batches([micro_batch.batch for micro_batch in micro_batches])
+        ids = [i for i, micro_batch in enumerate(micro_batches) for _ in range(micro_batch.batch.num_rows)]
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            losses, _ = label_losses(
+                self._model,
+                [lowered for _, lowered in group],
+                batch,
+                prompt_ids=ids,
+                label_smoothing=self._label_smoothing,
+            )  # [n], in the rows' order
+        own = losses.split([micro_batch.num_labels for micro_batch in micro_batches])
+        parts = [x.mean() * micro_batch.weight for x, micro_batch in zip(own, micro_batches, strict=True)]
+        # A sum, so that each prompt's gradient is that of its own part.
+        torch.stack(parts).sum().backward()
+        return [part.detach().float() for part in parts]

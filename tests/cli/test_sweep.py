@@ -1,0 +1,70 @@
+"""`ptengine tune` with several seeds and learning rates: one command, and an output folder that later ones take."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+def test_sweep_keeps_the_best_prompt_where_later_commands_look(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    arguments = world.tune(
+        output, "--eval", world.test, "--test", world.test, "--seeds", "1,2", "--learning-rates", "0.001, 0.3",
+        "--metric-for-best-model", "loss",
+    )  # fmt: skip
+    done = call(*arguments, "--json")
+    assert done.status == 0
+    found = done.json["sweep"]
+    assert [(run["learning_rate"], run["seed"]) for run in found["runs"]] == [
+        (0.001, 1),
+        (0.001, 2),
+        (0.3, 1),
+        (0.3, 2),
+    ]
+    values = {run["folder"]: run["value"] for run in found["runs"]}
+    assert values[found["best"]] == min(values.values())
+    assert [rate["runs"] for rate in found["rates"]] == [2, 2]
+    assert json.loads((output / "metrics.json").read_text()) == done.json
+    best = call("eval", "--prompt", str(output), "--data", world.test, "--json")
+    assert best.json["metrics"]["loss"] == pytest.approx(values[found["best"]], abs=1e-5)
+    assert best.json["metrics"] == pytest.approx(done.json["test"]["metrics"], abs=1e-6)
+    for folder, value in values.items():
+        one = call("eval", "--prompt", str(output / folder / "best"), "--data", world.test, "--json")
+        assert one.json["metrics"]["loss"] == pytest.approx(value, abs=1e-5)
+    again = call(*arguments, "--resume")
+    assert again.status == 0
+    assert f"best: seed {found['best'].split('-')[1]}, learning rate" in again.out
+    assert f"ptengine eval --prompt {output}" in again.out
+
+
+def test_a_run_of_the_sweep_is_the_run_that_tune_alone_would_make(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Seeds draw the prompt too, as --seed does."""
+    call(*world.tune(tmp_path / "sweep", "--eval", world.test, "--seeds", "4,5"))
+    call(*world.tune(tmp_path / "alone", "--eval", world.test, "--seed", "5"))
+    from safetensors.torch import load_file
+
+    (folder,) = (tmp_path / "sweep").glob("seed-5-*")
+    one, other = (load_file(path / "prompt" / "prompt.safetensors") for path in (folder, tmp_path / "alone"))
+    assert torch.allclose(one["embeds"], other["embeds"], atol=1e-4)
+
+
+def test_sweep_in_which_every_run_diverges_says_so(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    done = call(
+        *world.tune(
+            tmp_path / "out", "--eval", world.test, "--learning-rates", "1e25,1e26", "--weight-decay", "1e9",
+            "--max-grad-norm", "none", "--lr-scheduler-type", "constant",
+        )
+    )  # fmt: skip
+    assert done.status == 1
+    assert "every run diverged" in done.out
+    assert "1 run, 1 diverged" in done.out
+    assert not (tmp_path / "out" / "prompt").exists()
