@@ -42,14 +42,20 @@ if TYPE_CHECKING:
     from ptengine.backbone import supports as supports
     from ptengine.backbone import unpatch as unpatch
     from ptengine.prompts import Prefix as Prefix
+    from ptengine.prompts import PTuning as PTuning
+    from ptengine.prompts import ResidualPrompt as ResidualPrompt
     from ptengine.prompts import SoftPrompt as SoftPrompt
+    from ptengine.prompts import SuperPosPrompt as SuperPosPrompt
     from ptengine.prompts import load_prompt as load_prompt
     from ptengine.training import Trainer as Trainer
     from ptengine.training import TrainingConfig as TrainingConfig
 
 _HOMES = {
+    "PTuning": "ptengine.prompts",
     "Prefix": "ptengine.prompts",
+    "ResidualPrompt": "ptengine.prompts",
     "SoftPrompt": "ptengine.prompts",
+    "SuperPosPrompt": "ptengine.prompts",
     "Trainer": "ptengine.training",
     "TrainingConfig": "ptengine.training",
     "generate": "ptengine.backbone",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,13 @@ EXAMPLE = r"""  ptengine tune --train train.jsonl --eval validation.jsonl --test
     --model path/to/llama --method soft --num-virtual-tokens 20 --num-train-epochs 3 --output out
   ptengine eval --prompt out --data test.jsonl"""
 
-METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
+METHODS = {
+    "soft": "soft_prompt",
+    "prefix": "prefix",
+    "p-tuning": "p_tuning",
+    "residual": "residual_prompt",
+    "superpos": "superpos_prompt",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,7 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--method", type=choice(*METHODS), default="soft", metavar="NAME",
-        help="soft: virtual tokens before the text; prefix: keys and values in every layer (default: soft)",
+        help="soft: virtual tokens before the text; prefix: keys and values in every layer; virtual tokens that are "
+        f"computed from other parameters while training: {', '.join(list(METHODS)[2:])} (default: soft)",
     )  # fmt: skip
     prompt.add_argument("--num-virtual-tokens", type=whole(1), metavar="N", help="length of the prompt (default: 20)")
     prompt.add_argument(
@@ -59,6 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--init-prompt", metavar="DIR", help="saved prompt to start from, with --init prompt")
     prompt.add_argument("--projection", action="store_true", help="prefix: train through an MLP, dropped at the end")
     prompt.add_argument("--projection-size", type=whole(1), metavar="N", help="width of that MLP (default: 512)")
+    prompt.add_argument(
+        "--prompt-option", metavar="NAME=VALUE", action="append", default=[],
+        help="another option of the method's class, such as bottleneck_size=400; may be repeated",
+    )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--output", metavar="DIR", required=True, help="new folder for all results")
     run.add_argument(
@@ -166,7 +178,26 @@ def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
         "projection": args.projection or None,
         "projection_size": args.projection_size,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None}
+    for entry in args.prompt_option:
+        name, equals, text = entry.partition("=")
+        if not equals or not name:
+            raise InputError(f"expected --prompt-option as NAME=VALUE, got {entry!r}")
+        if name in options or name in _SET_ELSEWHERE:
+            raise InputError(f"expected --prompt-option to name what no other option sets, got {name!r}")
+        options[name] = _value(text)
+    return options
+
+
+_SET_ELSEWHERE = ("model", "seed", "tokenizer", "num_virtual_tokens", "projection", "projection_size")
+
+
+def _value(text: str) -> Any:
+    """A json value where it is one (numbers, true, false), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _make_task(args: argparse.Namespace) -> Task:

@@ -159,22 +159,34 @@ class Prefix(Prompt):
         return KeyValuePrefix(*blocks_to_prefix(blocks, self.facts))
 
     def fold(self) -> Prefix:
-        folded = self.empty(self.facts, self.config())
+        folded = self.empty(self.facts, {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init})
         lowered = self.lower()
         folded.keys = nn.Parameter(lowered.keys.detach().clone(memory_format=torch.contiguous_format))
         folded.values = nn.Parameter(lowered.values.detach().clone(memory_format=torch.contiguous_format))
         return folded
 
     def config(self) -> dict[str, Any]:
-        return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init}
+        described: dict[str, Any] = {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init}
+        return described | ({"projection_size": self.transform[0].out_features} if self.projection else {})
 
     @classmethod
     def empty(cls, facts: BackboneFacts, config: dict[str, Any]) -> Self:
-        count, init = checked_config(config, INITS)
+        described = dict(config) if isinstance(config, dict) else {}
+        size = described.pop("projection_size", None)
+        count, init = checked_config(described if size is not None else config, INITS)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InputError(f"expected a saved prompt's config with projection_size of at least 1, got {size!r}")
         prompt = cls.__new__(cls)
         Prompt.__init__(prompt, facts, count)
         prompt.init = init
-        prompt.projection = False
+        prompt.projection = size is not None
+        if size is not None:
+            prompt._build_projection(size)
+            if torch.get_default_device().type != "meta":
+                prompt.to_empty(device="cpu")
+                for parameter in prompt.parameters():
+                    nn.init.zeros_(parameter)
+            return prompt
         shape = (facts.num_layers, count, facts.num_kv_heads, facts.head_dim)
         prompt.keys = nn.Parameter(torch.zeros(shape))  # [L, P, H_kv, D]
         prompt.values = nn.Parameter(torch.zeros(shape))  # [L, P, H_kv, D]
@@ -197,15 +209,19 @@ class Prefix(Prompt):
             f"num_kv_heads={self.facts.num_kv_heads}, head_dim={self.facts.head_dim}, init={self.init!r}"
         )
 
-    def _make_projection(self, size: int, zero: bool, generator: torch.Generator) -> None:
+    def _build_projection(self, size: int) -> None:
+        """The modules without values, so that the global random state is neither read nor moved."""
         width = self.facts.num_kv_heads * self.facts.head_dim
-        # Built without values and filled below, so that the global random state is neither read nor moved.
         with torch.device("meta"):
-            embedding = nn.Embedding(self.num_virtual_tokens, width)
+            self.embedding = nn.Embedding(self.num_virtual_tokens, width)
             first, last = nn.Linear(width, size), nn.Linear(size, self.facts.num_layers * 2 * width)
-        self.embedding = embedding.to_empty(device="cpu")
-        self.transform = nn.Sequential(first, nn.Tanh(), last).to_empty(device="cpu")
+            self.transform = nn.Sequential(first, nn.Tanh(), last)
+
+    def _make_projection(self, size: int, zero: bool, generator: torch.Generator) -> None:
+        self._build_projection(size)
+        self.to_empty(device="cpu")
         nn.init.normal_(self.embedding.weight, generator=generator)
+        first, last = self.transform[0], self.transform[2]
         for linear in (first, last):
             bound = 1 / math.sqrt(linear.in_features)  # nn.Linear's own bound
             nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
