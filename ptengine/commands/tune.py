@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import shutil
 from collections.abc import Iterator
@@ -39,6 +40,9 @@ METHODS = {
     "p-tuning": "p_tuning",
     "residual": "residual_prompt",
     "superpos": "superpos_prompt",
+    "ulpt": "ulpt_prompt",
+    "multitask": "multitask_prompt",
+    "cpt": "context_prompt",
 }
 
 
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
     from ptengine.commands.recipe import Recipe, model_fingerprint
     from ptengine.files import make_directory, write_json_atomic
-    from ptengine.prompts import create
+    from ptengine.prompts import create, prompt_class
     from ptengine.training import Trainer, TrainingConfig, evaluate
 
     config = TrainingConfig(output_dir=args.output, **config_options(args))
@@ -97,9 +101,10 @@ def run(args: argparse.Namespace) -> Outcome:
     labels = len(task.labels) if task.kind == "sequence_classification" else None  # type: ignore[attr-defined]
     dtype = args.dtype or "float32"
     model = load_model(args.model, device, dtype, labels, config.seed)
-    if args.init in ("text", "class_labels", "sampled_vocab"):
-        options["tokenizer"] = tokenizer
-    prompt = create(METHODS[args.method], model, seed=config.seed, **options)
+    for name, value in (("tokenizer", tokenizer), ("seed", config.seed)):
+        if name in inspect.signature(prompt_class(METHODS[args.method])).parameters:
+            options[name] = value
+    prompt = create(METHODS[args.method], model, **options)
     trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
     recipe = Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task))
     if args.test is not None:

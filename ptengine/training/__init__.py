@@ -2,7 +2,19 @@
 
 from ptengine.training.config import TrainingConfig
 from ptengine.training.evaluation import evaluate, load_head
+from ptengine.training.importance import Importance, prompt_importance
+from ptengine.training.multitask import multitask_loss
 from ptengine.training.objective import EvalResult
 from ptengine.training.trainer import Trainer, TrainingResult
 
-__all__ = ["EvalResult", "Trainer", "TrainingConfig", "TrainingResult", "evaluate", "load_head"]
+__all__ = [
+    "EvalResult",
+    "Importance",
+    "Trainer",
+    "TrainingConfig",
+    "TrainingResult",
+    "evaluate",
+    "load_head",
+    "multitask_loss",
+    "prompt_importance",
+]
