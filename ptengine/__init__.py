@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ptengine.backbone import patched as patched
     from ptengine.backbone import supports as supports
     from ptengine.backbone import unpatch as unpatch
+    from ptengine.prompts import Cartridge as Cartridge
     from ptengine.prompts import ContextPrompt as ContextPrompt
     from ptengine.prompts import MultitaskPrompt as MultitaskPrompt
     from ptengine.prompts import Prefix as Prefix
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from ptengine.prompts import SoftPrompt as SoftPrompt
     from ptengine.prompts import SuperPosPrompt as SuperPosPrompt
     from ptengine.prompts import ULPTPrompt as ULPTPrompt
+    from ptengine.prompts import concatenate_prefixes as concatenate_prefixes
     from ptengine.prompts import load_prompt as load_prompt
     from ptengine.prompts import prune_pieces as prune_pieces
     from ptengine.prompts import prune_tokens as prune_tokens
@@ -57,6 +59,7 @@ if TYPE_CHECKING:
     from ptengine.training import TrainingConfig as TrainingConfig
 
 _HOMES = {
+    "Cartridge": "ptengine.prompts",
     "ContextPrompt": "ptengine.prompts",
     "MultitaskPrompt": "ptengine.prompts",
     "PTuning": "ptengine.prompts",
@@ -68,6 +71,7 @@ _HOMES = {
     "Trainer": "ptengine.training",
     "TrainingConfig": "ptengine.training",
     "ULPTPrompt": "ptengine.prompts",
+    "concatenate_prefixes": "ptengine.prompts",
     "generate": "ptengine.backbone",
     "load_prompt": "ptengine.prompts",
     "patch": "ptengine.backbone",

@@ -43,6 +43,7 @@ METHODS = {
     "ulpt": "ulpt_prompt",
     "multitask": "multitask_prompt",
     "cpt": "context_prompt",
+    "cartridge": "cartridge",
 }
 
 
@@ -56,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--method", type=choice(*METHODS), default="soft", metavar="NAME",
-        help="soft: virtual tokens before the text; prefix: keys and values in every layer; virtual tokens that are "
-        f"computed from other parameters while training: {', '.join(list(METHODS)[2:])} (default: soft)",
+        help="soft: virtual tokens before the text; prefix: keys and values in every layer; cartridge: those of a "
+        f"text; virtual tokens computed from other parameters: {', '.join(list(METHODS)[2:-1])} (default: soft)",
     )  # fmt: skip
     prompt.add_argument("--num-virtual-tokens", type=whole(1), metavar="N", help="length of the prompt (default: 20)")
     prompt.add_argument(

@@ -1,6 +1,7 @@
 """What is trained: prompts, their first numbers, and saving and loading them."""
 
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.cartridge import Cartridge, concatenate_prefixes
 from ptengine.prompts.context import ContextPrompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.io import load_prompt
@@ -16,6 +17,7 @@ from ptengine.prompts.ulpt import ULPTPrompt
 
 __all__ = [
     "BackboneFacts",
+    "Cartridge",
     "ContextPrompt",
     "MultitaskPrompt",
     "PTuning",
@@ -27,6 +29,7 @@ __all__ = [
     "SuperPosPrompt",
     "ULPTPrompt",
     "backbone_facts",
+    "concatenate_prefixes",
     "create",
     "load_prompt",
     "methods",

@@ -31,7 +31,7 @@ from ptengine.prompts.io import load_prompt
 from ptengine.prompts.registry import register
 from ptengine.prompts.soft_prompt import checked_config
 
-__all__ = ["Prefix", "blocks_to_prefix", "prefix_to_blocks"]
+__all__ = ["Prefix", "blocks_to_prefix", "flat_rate", "prefix_to_blocks", "text_blocks"]
 
 INITS = ("random", "zero", "text", "array", "prompt")
 
@@ -133,7 +133,7 @@ class Prefix(Prompt):
             count = check_count(DEFAULT_NUM_VIRTUAL_TOKENS if num_virtual_tokens is None else num_virtual_tokens, spec)
             shape = (2, spec.num_layers, count, spec.num_kv_heads, spec.head_dim)
             if init == "text":
-                given = _text_blocks(model, spec, text_ids(tokenizer, init_text, count, spec))  # [2, L, P, H_kv, D]
+                given = text_blocks(model, spec, text_ids(tokenizer, init_text, count, spec))  # [2, L, P, H_kv, D]
             elif init == "random" and not projection:
                 given = torch.randn(shape, generator=generator) * _RANDOM_STD  # [2, L, P, H_kv, D]
             else:
@@ -200,7 +200,7 @@ class Prefix(Prompt):
         """
         if self.projection:
             return 1e-3
-        rate = min(0.03, max(0.005, 0.03 * math.sqrt(96 / self.facts.hidden_size)))
+        rate = flat_rate(self.facts)
         return rate / 4 if self.init in ("array", "prompt") else rate
 
     def extra_repr(self) -> str:
@@ -209,19 +209,19 @@ class Prefix(Prompt):
             f"num_kv_heads={self.facts.num_kv_heads}, head_dim={self.facts.head_dim}, init={self.init!r}"
         )
 
-    def _build_projection(self, size: int) -> None:
-        """The modules without values, so that the global random state is neither read nor moved."""
+    def _build_projection(self, size: int) -> tuple[nn.Linear, nn.Linear]:
+        """The modules without values, so that the global random state is neither read nor moved; W1 and W2."""
         width = self.facts.num_kv_heads * self.facts.head_dim
         with torch.device("meta"):
             self.embedding = nn.Embedding(self.num_virtual_tokens, width)
             first, last = nn.Linear(width, size), nn.Linear(size, self.facts.num_layers * 2 * width)
             self.transform = nn.Sequential(first, nn.Tanh(), last)
+        return first, last
 
     def _make_projection(self, size: int, zero: bool, generator: torch.Generator) -> None:
-        self._build_projection(size)
+        first, last = self._build_projection(size)
         self.to_empty(device="cpu")
         nn.init.normal_(self.embedding.weight, generator=generator)
-        first, last = self.transform[0], self.transform[2]
         for linear in (first, last):
             bound = 1 / math.sqrt(linear.in_features)  # nn.Linear's own bound
             nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
@@ -229,6 +229,11 @@ class Prefix(Prompt):
         if zero:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+
+def flat_rate(facts: BackboneFacts) -> float:
+    """What suits keys and values as parameters, by the width of the model."""
+    return min(0.03, max(0.005, 0.03 * math.sqrt(96 / facts.hidden_size)))
 
 
 def blocks_to_prefix(blocks: Tensor, facts: BackboneFacts) -> tuple[Tensor, Tensor]:
@@ -265,11 +270,12 @@ def _given_blocks(model: Any, spec: BackboneSpec, source: Any, init: str) -> Ten
     return torch.stack([lowered.keys, lowered.values]).detach().to("cpu", torch.float32)  # [2, L, P, H_kv, D]
 
 
-def _text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
+def text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
+    """Keys and values [2, L, P, H_kv, D], fp32 on the CPU, that a causal model has for the tokens `ids` [P]."""
     if spec.kind != "causal":
         raise InputError(
-            f"init='text' needs a model with a cache of keys and values, got the encoder {spec.model_type!r}, whose "
-            "tokens see each other both ways: expected init random or zero"
+            f"a text's keys and values need a model with a cache of them, got the encoder {spec.model_type!r}, whose "
+            "tokens see each other both ways: expected a Prefix with init random or zero"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()
