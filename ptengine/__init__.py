@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from ptengine.backbone import unpatch as unpatch
     from ptengine.prompts import Cartridge as Cartridge
     from ptengine.prompts import ContextPrompt as ContextPrompt
+    from ptengine.prompts import DecomposedPrompt as DecomposedPrompt
     from ptengine.prompts import MultitaskPrompt as MultitaskPrompt
     from ptengine.prompts import Prefix as Prefix
     from ptengine.prompts import PrunedPrompt as PrunedPrompt
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Cartridge": "ptengine.prompts",
     "ContextPrompt": "ptengine.prompts",
+    "DecomposedPrompt": "ptengine.prompts",
     "MultitaskPrompt": "ptengine.prompts",
     "PTuning": "ptengine.prompts",
     "Prefix": "ptengine.prompts",

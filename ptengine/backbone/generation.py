@@ -6,6 +6,7 @@ Not one copy per row or beam: the keys and values of a prompt stay apart from th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from ptengine.backbone.attention import PrefixContext
+from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.patching import eval_mode, patched, require_patched, with_prefix
 from ptengine.backbone.spec import BackboneSpec
@@ -100,7 +102,8 @@ def _generate(
     prefixes, prompt_ids = _prefixes(model, spec, prompt, len(ids))
     sizes = [prefix.num_virtual_tokens for prefix in prefixes]
     virtual = torch.tensor([sizes[i] if i >= 0 else 0 for i in prompt_ids], device=device)  # [B]
-    _check_length(model, spec, ids, virtual, longest, kwargs)
+    of_row = [prefixes[i] if i >= 0 else None for i in prompt_ids]
+    _check_length(model, spec, ids, of_row, longest, kwargs)
     keys = values = lengths = None
     if prefixes:
         keys, values, lengths = stack_prefixes(prefixes, device)
@@ -116,7 +119,7 @@ def _generate(
         # which says how far the prompt is behind.
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()
-    with with_prefix(context, virtual):
+    with with_prefix(context, virtual, stack_offsets(prefixes, spec.word_embeddings.weight)):
         sequences = model.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
 
@@ -168,7 +171,7 @@ def _prefixes(model: Any, spec: BackboneSpec, prompt: Any, batch: int) -> tuple[
         check_fit(spec, lowered)
         prefixes.append(lowered if isinstance(lowered, KeyValuePrefix) else capture_prefix(model, lowered))
     device = spec.word_embeddings.weight.device
-    prefixes = [KeyValuePrefix(prefix.keys.to(device), prefix.values.to(device)) for prefix in prefixes]
+    prefixes = [replace(prefix, keys=prefix.keys.to(device), values=prefix.values.to(device)) for prefix in prefixes]
     return prefixes, [-1 if one is None else order[id(one)] for one in per_row]
 
 
@@ -184,15 +187,22 @@ def _padding_token(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> int:
 
 
 def _check_length(
-    model: Any, spec: BackboneSpec, ids: list[list[int]], virtual: Tensor, longest: int, kwargs: dict[str, Any]
+    model: Any,
+    spec: BackboneSpec,
+    ids: list[list[int]],
+    prompts: list[KeyValuePrefix | None],
+    longest: int,
+    kwargs: dict[str, Any],
 ) -> None:
-    """Refuse before any work what would run beyond the position embeddings."""
+    """Refuse before any work what would run beyond the position embeddings or a prompt's input offsets."""
     config = kwargs.get("generation_config") or model.generation_config
     new = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
     if new is None:
         limit = kwargs.get("max_length", getattr(config, "max_length", None)) or longest + 20
         new = max(limit - longest, 0)
-    for row, (tokens, size) in enumerate(zip(ids, virtual.tolist(), strict=True)):
+    for row, (tokens, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        size = 0 if prompt is None else prompt.num_virtual_tokens
+        check_reach(prompt, len(tokens) + new, f"input {row} with {new} new tokens")
         if size + len(tokens) + new > spec.max_positions:
             raise InputError(
                 f"input {row}: expected at most {spec.max_positions} positions, got {size} virtual tokens, "

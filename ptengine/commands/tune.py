@@ -43,6 +43,7 @@ METHODS = {
     "ulpt": "ulpt_prompt",
     "multitask": "multitask_prompt",
     "cpt": "context_prompt",
+    "dept": "decomposed_prompt",
     "cartridge": "cartridge",
 }
 

@@ -3,6 +3,7 @@
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.cartridge import Cartridge, concatenate_prefixes
 from ptengine.prompts.context import ContextPrompt
+from ptengine.prompts.decomposed import DecomposedPrompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.io import load_prompt
 from ptengine.prompts.multitask import MultitaskPrompt
@@ -19,6 +20,7 @@ __all__ = [
     "BackboneFacts",
     "Cartridge",
     "ContextPrompt",
+    "DecomposedPrompt",
     "MultitaskPrompt",
     "PTuning",
     "Prefix",

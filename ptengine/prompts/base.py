@@ -32,9 +32,11 @@ class Prompt(nn.Module):
         method: the name the method is saved and registered under.
         num_virtual_tokens: P.
         facts: the backbone the prompt belongs to.
+        max_text_length: the longest text, in tokens, that the prompt can stand before; None where any fits.
     """
 
     method: ClassVar[str]
+    max_text_length: int | None = None
     num_virtual_tokens: int
     facts: BackboneFacts
 

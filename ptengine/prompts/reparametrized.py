@@ -74,7 +74,7 @@ class Reparametrized(Prompt):
         with torch.autocast(device.type, enabled=False):
             return VirtualTokens(self.compute())
 
-    def fold(self) -> SoftPrompt:
+    def fold(self) -> Prompt:
         with torch.no_grad():
             return fold_rows(self.facts, self.lower().embeds)
 

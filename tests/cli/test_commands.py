@@ -128,6 +128,7 @@ def test_generation_from_tuning_to_texts(world: Any, call: Callable[..., Any], t
         ("residual", "bottleneck_size=6"),
         ("superpos", "num_sampled_tokens=7"),
         ("ulpt", "rank=3"),
+        ("dept", "rank=3"),
         (
             "cartridge",
             "text=it was fine good bad fine poor it was good very good it was it was fine good poor it was bad",
