@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from ptengine.prompts import load_prompt as load_prompt
     from ptengine.prompts import prune_pieces as prune_pieces
     from ptengine.prompts import prune_tokens as prune_tokens
+    from ptengine.recommendation import recommend as recommend
     from ptengine.training import Trainer as Trainer
     from ptengine.training import TrainingConfig as TrainingConfig
 
@@ -80,6 +81,7 @@ _HOMES = {
     "patched": "ptengine.backbone",
     "prune_pieces": "ptengine.prompts",
     "prune_tokens": "ptengine.prompts",
+    "recommend": "ptengine.recommendation",
     "supports": "ptengine.backbone",
     "unpatch": "ptengine.backbone",
 }
