@@ -41,24 +41,50 @@ if TYPE_CHECKING:
     from ptengine.backbone import patched as patched
     from ptengine.backbone import supports as supports
     from ptengine.backbone import unpatch as unpatch
+    from ptengine.prompts import Cartridge as Cartridge
+    from ptengine.prompts import ContextPrompt as ContextPrompt
+    from ptengine.prompts import DecomposedPrompt as DecomposedPrompt
+    from ptengine.prompts import MultitaskPrompt as MultitaskPrompt
     from ptengine.prompts import Prefix as Prefix
+    from ptengine.prompts import PrunedPrompt as PrunedPrompt
+    from ptengine.prompts import PTuning as PTuning
+    from ptengine.prompts import ResidualPrompt as ResidualPrompt
     from ptengine.prompts import SoftPrompt as SoftPrompt
+    from ptengine.prompts import SuperPosPrompt as SuperPosPrompt
+    from ptengine.prompts import ULPTPrompt as ULPTPrompt
+    from ptengine.prompts import concatenate_prefixes as concatenate_prefixes
     from ptengine.prompts import load_prompt as load_prompt
+    from ptengine.prompts import prune_pieces as prune_pieces
+    from ptengine.prompts import prune_tokens as prune_tokens
+    from ptengine.recommendation import recommend as recommend
     from ptengine.training import PromptSet as PromptSet
     from ptengine.training import Trainer as Trainer
     from ptengine.training import TrainingConfig as TrainingConfig
     from ptengine.training import sweep as sweep
 
 _HOMES = {
+    "Cartridge": "ptengine.prompts",
+    "ContextPrompt": "ptengine.prompts",
+    "DecomposedPrompt": "ptengine.prompts",
+    "MultitaskPrompt": "ptengine.prompts",
+    "PTuning": "ptengine.prompts",
     "Prefix": "ptengine.prompts",
     "PromptSet": "ptengine.training",
+    "PrunedPrompt": "ptengine.prompts",
+    "ResidualPrompt": "ptengine.prompts",
     "SoftPrompt": "ptengine.prompts",
+    "SuperPosPrompt": "ptengine.prompts",
     "Trainer": "ptengine.training",
     "TrainingConfig": "ptengine.training",
+    "ULPTPrompt": "ptengine.prompts",
+    "concatenate_prefixes": "ptengine.prompts",
     "generate": "ptengine.backbone",
     "load_prompt": "ptengine.prompts",
     "patch": "ptengine.backbone",
     "patched": "ptengine.backbone",
+    "prune_pieces": "ptengine.prompts",
+    "prune_tokens": "ptengine.prompts",
+    "recommend": "ptengine.recommendation",
     "supports": "ptengine.backbone",
     "sweep": "ptengine.training",
     "unpatch": "ptengine.backbone",

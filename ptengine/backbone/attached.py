@@ -25,6 +25,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import LoweredPrompt, VirtualTokens
 from ptengine.backbone.patching import is_patched, no_mask, patch, require_patched, unpatch
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -86,7 +87,8 @@ class _Attachment:
             lowered: LoweredPrompt = self.prompt.lower()  # type: ignore[operator]
         check_fit(spec, lowered)
         if not learns:  # lowering may hand out the parameters themselves
-            lowered = replace(lowered, **{part.name: getattr(lowered, part.name).detach() for part in fields(lowered)})
+            parts = {part.name: getattr(lowered, part.name) for part in fields(lowered)}
+            lowered = replace(lowered, **{name: x.detach() for name, x in parts.items() if x is not None})
         if isinstance(lowered, VirtualTokens) and spec.kind == "causal":
             lowered = capture_prefix(self.host.model, lowered)
         return lowered
@@ -192,6 +194,8 @@ class _Host:
         lowered = attachment.lowered(spec)
         size = lowered.num_virtual_tokens
         batch = read_batch(call, (shape[0], shape[1]), past, size, spec.max_positions)
+        if lowered.input_offsets is not None:
+            call = _offset(call, batch, lowered, spec)
         if isinstance(lowered, VirtualTokens):
             return (), _in_row(call, batch, lowered, spec)
         call["position_ids"] = batch.positions
@@ -398,6 +402,19 @@ def attached(model: Any, prompt: nn.Module, *, freeze: bool = True) -> Iterator[
             if not host.attachments:
                 del _hosts[base]
                 host.remove()
+
+
+def _offset(call: dict[str, Any], batch: StockBatch, lowered: LoweredPrompt, spec: BackboneSpec) -> dict[str, Any]:
+    """The call with the text's embeddings [B, T, d] in place of its ids, and the prompt's offsets added to them."""
+    text = call.get("inputs_embeds")
+    if text is None:
+        text = spec.word_embeddings(call["input_ids"])
+    table = stack_offsets([lowered], text)  # [2, S, d]
+    assert table is not None
+    within = batch.positions - lowered.num_virtual_tokens  # [B, T]
+    check_reach(lowered, int(within.max()) + 1, "the longest row")
+    embeds = add_offsets(text, table, torch.zeros_like(within), within)
+    return call | {"input_ids": None, "inputs_embeds": embeds}
 
 
 def _in_row(call: dict[str, Any], batch: StockBatch, virtual: VirtualTokens, spec: BackboneSpec) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Not one copy per row or beam: the keys and values of a prompt stay apart from th
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from transformers import DynamicCache
 
 from ptengine.backbone.attention import PrefixContext
 from ptengine.backbone.decoding import DecodingCache, decoder, decodes
+from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.patching import eval_mode, patched, require_patched, with_prefix
 from ptengine.backbone.spec import BackboneSpec
@@ -103,7 +105,7 @@ def _generate(
     sizes = [prefix.num_virtual_tokens for prefix in prefixes]
     virtual = torch.tensor([sizes[i] if i >= 0 else 0 for i in prompt_ids], device=device)  # [B]
     new = _new_tokens(model, longest, kwargs)
-    _check_length(spec, ids, virtual, new)
+    _check_length(spec, ids, [prefixes[i] if i >= 0 else None for i in prompt_ids], new)
     keys = values = lengths = None
     if prefixes:
         keys, values, lengths = stack_prefixes(prefixes, device)
@@ -115,7 +117,9 @@ def _generate(
         key_starts=padding.to(torch.int32),
     )
     runs = model
-    if decodes(model, spec, partial(_setting, model, kwargs)):
+    offsets = stack_offsets(prefixes, spec.word_embeddings.weight)
+    # Offsets come as embeddings, which a step of token ids does not take.
+    if offsets is None and decodes(model, spec, partial(_setting, model, kwargs)):
         kwargs = kwargs | {"past_key_values": DecodingCache()}
         runs = decoder(model, spec, context, kwargs["past_key_values"], new)
     elif spec.windowed and kwargs.get("use_cache", True) is not False:
@@ -123,7 +127,7 @@ def _generate(
         # which says how far the prompt is behind.
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()
-    with with_prefix(context, virtual):
+    with with_prefix(context, virtual, offsets):
         sequences = runs.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
 
@@ -176,7 +180,10 @@ def _prefixes(model: Any, spec: BackboneSpec, prompt: Any, batch: int) -> tuple[
         prefixes.append(lowered if isinstance(lowered, KeyValuePrefix) else capture_prefix(model, lowered))
     device = spec.word_embeddings.weight.device
     dtype = spec.word_embeddings.weight.dtype  # once: attention would convert what differs in every step
-    prefixes = [KeyValuePrefix(one.keys.to(device, dtype), one.values.to(device, dtype)) for one in prefixes]
+    prefixes = [
+        replace(prefix, keys=prefix.keys.to(device, dtype), values=prefix.values.to(device, dtype))
+        for prefix in prefixes
+    ]
     return prefixes, [-1 if one is None else order[id(one)] for one in per_row]
 
 
@@ -204,9 +211,11 @@ def _new_tokens(model: Any, longest: int, kwargs: dict[str, Any]) -> int:
     return int(max(limit - longest, 0) if new is None else new)
 
 
-def _check_length(spec: BackboneSpec, ids: list[list[int]], virtual: Tensor, new: int) -> None:
-    """Refuse before any work what would run beyond the position embeddings."""
-    for row, (tokens, size) in enumerate(zip(ids, virtual.tolist(), strict=True)):
+def _check_length(spec: BackboneSpec, ids: list[list[int]], prompts: list[KeyValuePrefix | None], new: int) -> None:
+    """Refuse before any work what would run beyond the position embeddings or a prompt's input offsets."""
+    for row, (tokens, prompt) in enumerate(zip(ids, prompts, strict=True)):
+        size = 0 if prompt is None else prompt.num_virtual_tokens
+        check_reach(prompt, len(tokens) + new, f"input {row} with {new} new tokens")
         if size + len(tokens) + new > spec.max_positions:
             raise InputError(
                 f"input {row}: expected at most {spec.max_positions} positions, got {size} virtual tokens, "

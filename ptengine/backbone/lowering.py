@@ -17,13 +17,20 @@ __all__ = ["KeyValuePrefix", "LoweredPrompt", "VirtualTokens"]
 
 @dataclass(frozen=True)
 class VirtualTokens:
-    """Input embeddings of a prompt: ``embeds`` [P, d], floating point, in the scale of the model's word embeddings."""
+    """Input embeddings of a prompt, floating point, in the scale of the model's word embeddings.
+
+    Attributes:
+        embeds: [P, d].
+        input_offsets: [S, d], what is added to the embedding of the text's token 0, 1, .. S - 1; None for nothing.
+    """
 
     embeds: Tensor
+    input_offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.embeds.dim() != 2:
             raise InputError(f"expected virtual tokens of shape [P, d], got {list(self.embeds.shape)}")
+        _check_offsets(self.input_offsets)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -37,10 +44,12 @@ class KeyValuePrefix:
     Attributes:
         keys: [L, P, H_kv, D].
         values: [L, P, H_kv, D_v].
+        input_offsets: as of `VirtualTokens`.
     """
 
     keys: Tensor
     values: Tensor
+    input_offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.keys.dim() != 4 or self.values.dim() != 4 or self.keys.shape[:3] != self.values.shape[:3]:
@@ -48,6 +57,7 @@ class KeyValuePrefix:
                 "expected prefix keys [L, P, H_kv, D] and values [L, P, H_kv, D_v], "
                 f"got {list(self.keys.shape)} and {list(self.values.shape)}"
             )
+        _check_offsets(self.input_offsets)
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -55,3 +65,8 @@ class KeyValuePrefix:
 
 
 LoweredPrompt = VirtualTokens | KeyValuePrefix
+
+
+def _check_offsets(offsets: Tensor | None) -> None:
+    if offsets is not None and (offsets.dim() != 2 or not len(offsets)):
+        raise InputError(f"expected input offsets of shape [S, d], S at least 1, got {list(offsets.shape)}")

@@ -22,6 +22,7 @@ from ptengine.backbone import last_layer, proof
 from ptengine.backbone.activations import fuse_activations
 from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
+from ptengine.backbone.input_offsets import add_offsets
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.errors import InputError, UnsupportedModelError
 
@@ -31,8 +32,11 @@ _STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"
 _patched_models: WeakSet[Any] = WeakSet()
 
-# The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B]).
-_generating: ContextVar[tuple[PrefixContext, Tensor] | None] = ContextVar("ptengine_generating", default=None)
+# The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B],
+# offsets of the prompts' input embeddings [N + 1, S, d]).
+_generating: ContextVar[tuple[PrefixContext, Tensor, Tensor | None] | None] = ContextVar(
+    "ptengine_generating", default=None
+)
 
 
 @dataclass
@@ -86,7 +90,7 @@ def patch(model: Any) -> Any:
             except UnsupportedModelError as error:
                 raise UnsupportedModelError(f"{error}{_left_out(observed, implementations)}") from error
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
-            setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE)))
+            setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE), spec.word_embeddings))
     except BaseException:
         unpatch(model)
         raise
@@ -147,9 +151,12 @@ def require_patched(model: Any) -> BackboneSpec:
 
 
 @contextmanager
-def with_prefix(context: PrefixContext, virtual_tokens: Tensor) -> Iterator[None]:
-    """`model.generate` inside this block, in this thread, sees `context` behind `virtual_tokens`, int64 [B]."""
-    token = _generating.set((context, virtual_tokens))
+def with_prefix(context: PrefixContext, virtual_tokens: Tensor, offsets: Tensor | None = None) -> Iterator[None]:
+    """`model.generate` inside this block, in this thread, sees `context` behind `virtual_tokens`, int64 [B].
+
+    `offsets` [N + 1, S, d], from `stack_offsets`, are those of the prompts that `context.prompt_ids` names.
+    """
+    token = _generating.set((context, virtual_tokens, offsets))
     try:
         yield
     finally:
@@ -291,7 +298,7 @@ def _link_last_mlp(spec: BackboneSpec, attention: nn.Module) -> list[Any]:
     return []
 
 
-def _wrap_prepare(prepare: Any) -> Any:
+def _wrap_prepare(prepare: Any, word_embeddings: nn.Module) -> Any:
     """Add the prefix and the positions behind it to the inputs of every step of `generate`."""
 
     @functools.wraps(prepare)
@@ -300,13 +307,20 @@ def _wrap_prepare(prepare: Any) -> Any:
         active = _generating.get()
         if active is None:
             return inputs
-        context, virtual_tokens = active
+        context, virtual_tokens, offsets = active
         mask = kwargs.get("attention_mask")  # [B, T so far]
         if mask is None:  # generate drops a mask of ones
             mask = torch.ones_like(input_ids)  # [B, T so far]
         step = (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
         shift = virtual_tokens.repeat_interleave(mask.shape[0] // virtual_tokens.numel())[:, None]  # [B, 1]
         positions = (shift + mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T so far]
-        return inputs | {KEYWORD: context, "position_ids": positions[:, -step:]}
+        inputs |= {KEYWORD: context, "position_ids": positions[:, -step:]}
+        if offsets is not None and context.prompt_ids is not None:
+            repeats = mask.shape[0] // context.prompt_ids.numel()  # of every row, by beams and returned sequences
+            prompts = context.prompt_ids.long().repeat_interleave(repeats)[:, None]  # [B, 1]
+            embeds = word_embeddings(inputs["input_ids"])  # [B, step, d]
+            inputs["inputs_embeds"] = add_offsets(embeds, offsets, prompts, (positions - shift)[:, -step:])
+            inputs["input_ids"] = None
+        return inputs
 
     return wrapped

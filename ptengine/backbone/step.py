@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.patching import cache_off, no_mask, require_patched
@@ -224,7 +225,7 @@ def capture_prefix(model: Any, virtual: VirtualTokens) -> KeyValuePrefix:
     )
     packed_call(spec, virtual.embeds, torch.arange(size, device=device), context)
     keys, values = zip(*(captured[layer] for layer in range(spec.num_layers)), strict=True)
-    return KeyValuePrefix(torch.stack(keys), torch.stack(values))  # [L, P, H_kv, D]
+    return KeyValuePrefix(torch.stack(keys), torch.stack(values), virtual.input_offsets)  # [L, P, H_kv, D]
 
 
 def stack_prefixes(
@@ -277,6 +278,10 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
         raise InputError(
             f"expected at most {spec.max_positions} positions, got a prompt of {prompt.num_virtual_tokens} tokens"
         )
+    if prompt.input_offsets is not None and prompt.input_offsets.shape[1] != spec.hidden_size:
+        raise InputError(
+            f"expected input offsets of the model's width {spec.hidden_size}, got {prompt.input_offsets.shape[1]}"
+        )
     if isinstance(prompt, VirtualTokens):
         if prompt.embeds.shape[1] != spec.hidden_size:
             raise InputError(
@@ -307,11 +312,16 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
             f"row {row}: expected at most {spec.max_positions} positions, got {virtual[row]} virtual tokens and "
             f"{lengths[row]} tokens of text"
         )
+    for row, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
+        check_reach(prompts[prompt] if prompt >= 0 else None, length, f"row {row}")
     text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
     row_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=device), batch.cu_seqlens.diff().long())
     virtual_of_row = torch.tensor(virtual, dtype=torch.int64, device=device)  # [rows]
     within = torch.arange(batch.num_tokens, device=device) - batch.cu_seqlens[:-1].long()[row_of_token]  # [tokens]
     text_positions = virtual_of_row[row_of_token] + within  # [tokens]
+    offsets = stack_offsets(prompts, text_embeds)  # [N + 1, S, d]
+    if offsets is not None:
+        text_embeds = add_offsets(text_embeds, offsets, torch.tensor(ids, device=device)[row_of_token], within)
     nothing = torch.full((len(lengths),), -1, dtype=torch.int64, device=device)  # [rows]
     if not prompts or isinstance(prompts[0], KeyValuePrefix):
         return _Layout(

@@ -119,6 +119,7 @@ def _write(
 
     from ptengine.backbone import backbone_spec, generate
     from ptengine.data.encoding import encode_texts, plain_columns
+    from ptengine.training.preparation import room_for_text
 
     task: GenerationTask = session.task  # type: ignore[assignment]
     options = {"max_new_tokens": 64, **options}
@@ -128,7 +129,7 @@ def _write(
         columns,
         session.tokenizer,
         reserved=[options["max_new_tokens"]] * len(dataset),
-        max_tokens=backbone_spec(session.model).max_positions - session.prompt.num_virtual_tokens,
+        max_tokens=room_for_text(backbone_spec(session.model), session.prompt, None),
         truncation=False,
         source_name=source,
     )

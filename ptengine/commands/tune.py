@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +37,18 @@ EXAMPLE = r"""  ptengine tune --train train.jsonl --eval validation.jsonl --test
   ptengine eval --prompt out --data test.jsonl
   ptengine tune ... --seeds 1,2,3 --learning-rates 0.03,0.1,0.3 --output sweep   # nine runs at once"""
 
-METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
+METHODS = {
+    "soft": "soft_prompt",
+    "prefix": "prefix",
+    "p-tuning": "p_tuning",
+    "residual": "residual_prompt",
+    "superpos": "superpos_prompt",
+    "ulpt": "ulpt_prompt",
+    "multitask": "multitask_prompt",
+    "cpt": "context_prompt",
+    "dept": "decomposed_prompt",
+    "cartridge": "cartridge",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt = parser.add_argument_group("prompt")
     prompt.add_argument(
         "--method", type=choice(*METHODS), default="soft", metavar="NAME",
-        help="soft: virtual tokens before the text; prefix: keys and values in every layer (default: soft)",
+        help="soft: virtual tokens before the text; prefix: keys and values in every layer; cartridge: those of a "
+        f"text; virtual tokens computed from other parameters: {', '.join(list(METHODS)[2:-1])} (default: soft)",
     )  # fmt: skip
     prompt.add_argument("--num-virtual-tokens", type=whole(1), metavar="N", help="length of the prompt (default: 20)")
     prompt.add_argument(
@@ -62,6 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--init-prompt", metavar="DIR", help="saved prompt to start from, with --init prompt")
     prompt.add_argument("--projection", action="store_true", help="prefix: train through an MLP, dropped at the end")
     prompt.add_argument("--projection-size", type=whole(1), metavar="N", help="width of that MLP (default: 512)")
+    prompt.add_argument(
+        "--prompt-option", metavar="NAME=VALUE", action="append", default=[],
+        help="another option of the method's class, such as bottleneck_size=400; may be repeated",
+    )  # fmt: skip
     run = parser.add_argument_group("run")
     run.add_argument("--output", metavar="DIR", required=True, help="new folder for all results")
     run.add_argument(
@@ -76,7 +94,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
     from ptengine.commands.recipe import Recipe, model_fingerprint
     from ptengine.files import make_directory, write_json_atomic
-    from ptengine.prompts import create
+    from ptengine.prompts import create, prompt_class
     from ptengine.training import Trainer, TrainingConfig, evaluate
 
     check_sweep(args)
@@ -90,11 +108,12 @@ def run(args: argparse.Namespace) -> Outcome:
     labels = len(task.labels) if task.kind == "sequence_classification" else None  # type: ignore[attr-defined]
     dtype = args.dtype or "float32"
     model = load_model(args.model, device, dtype, labels, config.seed)
-    if args.init in ("text", "class_labels", "sampled_vocab"):
-        options["tokenizer"] = tokenizer
+    for name in ("tokenizer", "seed"):
+        if name in inspect.signature(prompt_class(METHODS[args.method])).parameters:
+            options[name] = tokenizer if name == "tokenizer" else config.seed
 
     def make_prompt(seed: int) -> Prompt:
-        return create(METHODS[args.method], model, seed=seed, **options)
+        return create(METHODS[args.method], model, **(options | ({"seed": seed} if "seed" in options else {})))
 
     prompt: Prompt | None = make_prompt(config.seed)
     recipe = Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task))
@@ -178,7 +197,26 @@ def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:
         "projection": args.projection or None,
         "projection_size": args.projection_size,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    options = {name: value for name, value in given.items() if value is not None}
+    for entry in args.prompt_option:
+        name, equals, text = entry.partition("=")
+        if not equals or not name:
+            raise InputError(f"expected --prompt-option as NAME=VALUE, got {entry!r}")
+        if name in options or name in _SET_ELSEWHERE:
+            raise InputError(f"expected --prompt-option to name what no other option sets, got {name!r}")
+        options[name] = _value(text)
+    return options
+
+
+_SET_ELSEWHERE = ("model", "seed", "tokenizer", "num_virtual_tokens", "projection", "projection_size")
+
+
+def _value(text: str) -> Any:
+    """A json value where it is one (numbers, true, false), else the text itself."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def _make_task(args: argparse.Namespace) -> Task:

@@ -26,15 +26,17 @@ class Prompt(nn.Module):
     """Base class of all prompts; a new method is one file with a subclass and `@register(name)`.
 
     `state_dict()` holds everything that is trained, reparametrisation included: what a checkpoint that resumes needs.
-    `save()` holds the folded prompt: what a use of the prompt needs.
+    `save()` writes the folded prompt: what a use of the prompt needs; ``save(folded=False)`` writes what is trained.
 
     Attributes:
         method: the name the method is saved and registered under.
         num_virtual_tokens: P.
         facts: the backbone the prompt belongs to.
+        max_text_length: the longest text, in tokens, that the prompt can stand before; None where any fits.
     """
 
     method: ClassVar[str]
+    max_text_length: int | None = None
     num_virtual_tokens: int
     facts: BackboneFacts
 
@@ -60,7 +62,7 @@ class Prompt(nn.Module):
 
     @classmethod
     def empty(cls, facts: BackboneFacts, config: dict[str, Any]) -> Self:
-        """The folded prompt that `config()` of a folded prompt describes, all parameters zero, on the CPU.
+        """The prompt that `config()` describes, all parameters zero, on the CPU.
 
         Raises:
             InputError: `config` is not one that this method wrote.
@@ -71,9 +73,13 @@ class Prompt(nn.Module):
         """A learning rate for Adam-like optimisers, which move an element by about this much per step."""
         raise NotImplementedError
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write the folded prompt to `directory`; see `ptengine.prompts.io.save_prompt`."""
-        return save_prompt(self, directory)
+    def learning_rate_factors(self) -> dict[str, float]:
+        """Factors of the learning rate by the name of the parameter; those not named have 1."""
+        return {}
+
+    def save(self, directory: str | os.PathLike[str], *, folded: bool = True) -> Path:
+        """Write the prompt, folded or with its reparametrisation, to `directory`: `ptengine.prompts.io.save_prompt`."""
+        return save_prompt(self, directory, folded=folded)
 
     def attached(self, model: Any, *, freeze: bool = True) -> AbstractContextManager[AttachedModel]:
         """Inside ``with prompt.attached(model):`` the stock calls of this model instance see the prompt.

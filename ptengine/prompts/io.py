@@ -35,8 +35,8 @@ WEIGHTS_NAME = "prompt.safetensors"
 _HEADER_KEY = "ptengine"
 
 
-def save_prompt(prompt: Prompt, directory: str | os.PathLike[str]) -> Path:
-    """Write `prompt`, folded and in fp32, to `directory` (made if need be).
+def save_prompt(prompt: Prompt, directory: str | os.PathLike[str], *, folded: bool = True) -> Path:
+    """Write `prompt` in fp32 to `directory` (made if need be): `folded`, or with everything that is trained.
 
     Both files are written and fsynced under temporary names first; then `prompt.json` and, last, `prompt.safetensors`
     are renamed into place. If anything fails, the prompt that stood there before still loads. Other files in the
@@ -49,16 +49,16 @@ def save_prompt(prompt: Prompt, directory: str | os.PathLike[str]) -> Path:
         InputError: the directory cannot be made or written.
         OSError: the disk is full or fails.
     """
-    folded = prompt.fold()
+    kept = prompt.fold() if folded else prompt
     description = {
         "format_version": FORMAT_VERSION,
-        "method": folded.method,
-        "num_virtual_tokens": folded.num_virtual_tokens,
-        "config": folded.config(),
-        "backbone": folded.facts.to_json(),
+        "method": kept.method,
+        "num_virtual_tokens": kept.num_virtual_tokens,
+        "config": kept.config(),
+        "backbone": kept.facts.to_json(),
         "ptengine_version": __version__,
     }
-    weights = {name: tensor.float() for name, tensor in folded.state_dict().items()}
+    weights = {name: tensor.float() for name, tensor in kept.state_dict().items()}
     header = {_HEADER_KEY: json.dumps(description, allow_nan=False)}
     contents = {JSON_NAME: json_bytes(description), WEIGHTS_NAME: safetensors_bytes(weights, header)}
     target = make_directory(directory)

@@ -31,7 +31,7 @@ from ptengine.prompts.io import load_prompt
 from ptengine.prompts.registry import register
 from ptengine.prompts.soft_prompt import checked_config
 
-__all__ = ["Prefix", "blocks_to_prefix", "prefix_to_blocks"]
+__all__ = ["Prefix", "blocks_to_prefix", "flat_rate", "prefix_to_blocks", "text_blocks"]
 
 INITS = ("random", "zero", "text", "array", "prompt")
 
@@ -133,7 +133,7 @@ class Prefix(Prompt):
             count = check_count(DEFAULT_NUM_VIRTUAL_TOKENS if num_virtual_tokens is None else num_virtual_tokens, spec)
             shape = (2, spec.num_layers, count, spec.num_kv_heads, spec.head_dim)
             if init == "text":
-                given = _text_blocks(model, spec, text_ids(tokenizer, init_text, count, spec))  # [2, L, P, H_kv, D]
+                given = text_blocks(model, spec, text_ids(tokenizer, init_text, count, spec))  # [2, L, P, H_kv, D]
             elif init == "random" and not projection:
                 given = torch.randn(shape, generator=generator) * _RANDOM_STD  # [2, L, P, H_kv, D]
             else:
@@ -159,22 +159,34 @@ class Prefix(Prompt):
         return KeyValuePrefix(*blocks_to_prefix(blocks, self.facts))
 
     def fold(self) -> Prefix:
-        folded = self.empty(self.facts, self.config())
+        folded = self.empty(self.facts, {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init})
         lowered = self.lower()
         folded.keys = nn.Parameter(lowered.keys.detach().clone(memory_format=torch.contiguous_format))
         folded.values = nn.Parameter(lowered.values.detach().clone(memory_format=torch.contiguous_format))
         return folded
 
     def config(self) -> dict[str, Any]:
-        return {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init}
+        described: dict[str, Any] = {"num_virtual_tokens": self.num_virtual_tokens, "init": self.init}
+        return described | ({"projection_size": self.transform[0].out_features} if self.projection else {})
 
     @classmethod
     def empty(cls, facts: BackboneFacts, config: dict[str, Any]) -> Self:
-        count, init = checked_config(config, INITS)
+        described = dict(config) if isinstance(config, dict) else {}
+        size = described.pop("projection_size", None)
+        count, init = checked_config(described if size is not None else config, INITS)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise InputError(f"expected a saved prompt's config with projection_size of at least 1, got {size!r}")
         prompt = cls.__new__(cls)
         Prompt.__init__(prompt, facts, count)
         prompt.init = init
-        prompt.projection = False
+        prompt.projection = size is not None
+        if size is not None:
+            prompt._build_projection(size)
+            if torch.get_default_device().type != "meta":
+                prompt.to_empty(device="cpu")
+                for parameter in prompt.parameters():
+                    nn.init.zeros_(parameter)
+            return prompt
         shape = (facts.num_layers, count, facts.num_kv_heads, facts.head_dim)
         prompt.keys = nn.Parameter(torch.zeros(shape))  # [L, P, H_kv, D]
         prompt.values = nn.Parameter(torch.zeros(shape))  # [L, P, H_kv, D]
@@ -188,7 +200,7 @@ class Prefix(Prompt):
         """
         if self.projection:
             return 1e-3
-        rate = min(0.03, max(0.005, 0.03 * math.sqrt(96 / self.facts.hidden_size)))
+        rate = flat_rate(self.facts)
         return rate / 4 if self.init in ("array", "prompt") else rate
 
     def extra_repr(self) -> str:
@@ -197,14 +209,18 @@ class Prefix(Prompt):
             f"num_kv_heads={self.facts.num_kv_heads}, head_dim={self.facts.head_dim}, init={self.init!r}"
         )
 
-    def _make_projection(self, size: int, zero: bool, generator: torch.Generator) -> None:
+    def _build_projection(self, size: int) -> tuple[nn.Linear, nn.Linear]:
+        """The modules without values, so that the global random state is neither read nor moved; W1 and W2."""
         width = self.facts.num_kv_heads * self.facts.head_dim
-        # Built without values and filled below, so that the global random state is neither read nor moved.
         with torch.device("meta"):
-            embedding = nn.Embedding(self.num_virtual_tokens, width)
+            self.embedding = nn.Embedding(self.num_virtual_tokens, width)
             first, last = nn.Linear(width, size), nn.Linear(size, self.facts.num_layers * 2 * width)
-        self.embedding = embedding.to_empty(device="cpu")
-        self.transform = nn.Sequential(first, nn.Tanh(), last).to_empty(device="cpu")
+            self.transform = nn.Sequential(first, nn.Tanh(), last)
+        return first, last
+
+    def _make_projection(self, size: int, zero: bool, generator: torch.Generator) -> None:
+        first, last = self._build_projection(size)
+        self.to_empty(device="cpu")
         nn.init.normal_(self.embedding.weight, generator=generator)
         for linear in (first, last):
             bound = 1 / math.sqrt(linear.in_features)  # nn.Linear's own bound
@@ -213,6 +229,11 @@ class Prefix(Prompt):
         if zero:
             nn.init.zeros_(last.weight)
             nn.init.zeros_(last.bias)
+
+
+def flat_rate(facts: BackboneFacts) -> float:
+    """What suits keys and values as parameters, by the width of the model."""
+    return min(0.03, max(0.005, 0.03 * math.sqrt(96 / facts.hidden_size)))
 
 
 def blocks_to_prefix(blocks: Tensor, facts: BackboneFacts) -> tuple[Tensor, Tensor]:
@@ -249,11 +270,12 @@ def _given_blocks(model: Any, spec: BackboneSpec, source: Any, init: str) -> Ten
     return torch.stack([lowered.keys, lowered.values]).detach().to("cpu", torch.float32)  # [2, L, P, H_kv, D]
 
 
-def _text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
+def text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
+    """Keys and values [2, L, P, H_kv, D], fp32 on the CPU, that a causal model has for the tokens `ids` [P]."""
     if spec.kind != "causal":
         raise InputError(
-            f"init='text' needs a model with a cache of keys and values, got the encoder {spec.model_type!r}, whose "
-            "tokens see each other both ways: expected init random or zero"
+            f"a text's keys and values need a model with a cache of them, got the encoder {spec.model_type!r}, whose "
+            "tokens see each other both ways: expected a Prefix with init random or zero"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()

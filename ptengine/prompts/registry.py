@@ -56,11 +56,18 @@ def create(method: str, model: Any, **options: Any) -> Prompt:
         options: keyword arguments of the method's class.
 
     Raises:
-        InputError: unknown method, an option the method does not have, or whatever the class refuses.
+        InputError: unknown method, an option the method does not have or cannot do without, or whatever the class
+            refuses.
     """
     cls = prompt_class(method)
-    known = [name for name in inspect.signature(cls).parameters if name != "model"]
+    parameters = inspect.signature(cls).parameters
+    if "model" not in parameters:
+        raise InputError(f"prompt method {method!r} is made from a trained prompt, not from a model and options")
+    known = [name for name in parameters if name != "model"]
     for name in options:
         if name not in known:
             raise InputError(f"prompt method {method!r} has no option {name!r}; it has {', '.join(known)}")
+    for name in known:
+        if name not in options and parameters[name].default is inspect.Parameter.empty:
+            raise InputError(f"prompt method {method!r} needs the option {name!r}")
     return cls(model, **options)

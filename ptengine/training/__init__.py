@@ -1,7 +1,10 @@
 """Training: one prompt or many at once against a frozen backbone, resumable exactly, and the evaluation of prompts."""
 
 from ptengine.training.config import TrainingConfig
+from ptengine.training.context_distillation import context_distillation_loss, text_prefix
 from ptengine.training.evaluation import evaluate, load_head
+from ptengine.training.importance import Importance, prompt_importance
+from ptengine.training.multitask import multitask_loss
 from ptengine.training.objective import EvalResult
 from ptengine.training.prompt_set import PromptSet, PromptSetResult
 from ptengine.training.sweep import SweepResult, SweepRun, sweep
@@ -9,6 +12,7 @@ from ptengine.training.trainer import Trainer, TrainingResult
 
 __all__ = [
     "EvalResult",
+    "Importance",
     "PromptSet",
     "PromptSetResult",
     "SweepResult",
@@ -16,7 +20,11 @@ __all__ = [
     "Trainer",
     "TrainingConfig",
     "TrainingResult",
+    "context_distillation_loss",
     "evaluate",
     "load_head",
+    "multitask_loss",
+    "prompt_importance",
     "sweep",
+    "text_prefix",
 ]

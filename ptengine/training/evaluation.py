@@ -73,7 +73,7 @@ def evaluate(
     room = room_for_text(spec, prompt, max_length)
     rows = encode(task, data, tokenizer, prompt, room, truncation, "data").rows
     if generate:
-        _check_room(rows, spec.max_positions - (0 if prompt is None else prompt.num_virtual_tokens), max_new_tokens)
+        _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens)
     training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []
     try:
         if prompt is not None:

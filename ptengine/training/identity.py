@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
 from ptengine.training.config import TrainingConfig
 
 __all__ = ["FREE_SETTINGS", "environment", "fingerprint_model", "fingerprint_rows", "require_same_run", "run_identity"]
@@ -34,12 +35,13 @@ FREE_SETTINGS = (
 """Settings that may change between a checkpoint and its resumption: no loss depends on them."""
 
 _LENGTH_SETTINGS = ("max_steps", "num_train_epochs")
+_PAST = ("num_virtual_tokens", "init", "projection_size", "default_learning_rate")  # or told by shapes and settings
 
 
 def run_identity(
     config: TrainingConfig,
     learning_rate: float,
-    prompt: nn.Module | None,
+    prompt: Prompt | None,
     head: Mapping[str, Tensor],
     model: nn.Module,
     train: dict[str, Any],
@@ -56,6 +58,7 @@ def run_identity(
         "config": settings,
         "prompt": {
             "method": getattr(prompt, "method", None),
+            **_settings(prompt),
             **_shapes(prompt.state_dict() if prompt is not None else {}),
         },
         "head": _shapes(head),
@@ -112,6 +115,12 @@ def fingerprint_model(model: nn.Module, skip: set[str] | frozenset[str] = frozen
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
+
+
+def _settings(prompt: Prompt | None) -> dict[str, Any]:
+    """What decides the formula besides the tensors' shapes; where a prompt started from is past."""
+    described = {} if prompt is None else prompt.config()
+    return {name: value for name, value in described.items() if name not in _PAST}
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -28,10 +28,22 @@ __all__ = [
 
 
 def make_optimizer(
-    config: TrainingConfig, prompt: Sequence[nn.Parameter], head: Sequence[nn.Parameter], learning_rate: float
+    config: TrainingConfig,
+    prompt: Sequence[nn.Parameter],
+    head: Sequence[nn.Parameter],
+    learning_rate: float,
+    factors: Sequence[float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimiser of `config.optim` over the prompt's parameters and, with their own rate, the head's."""
-    groups: list[dict[str, Any]] = [{"params": list(prompt), "lr": learning_rate}] if prompt else []
+    """The optimiser of `config.optim` over the prompt's parameters and, with their own rate, the head's.
+
+    `factors` are of the learning rate, one for each of the prompt's parameters; None means 1 for all.
+    """
+    by_factor: dict[float, list[nn.Parameter]] = {1.0: []} if prompt else {}
+    for parameter, factor in zip(prompt, factors or [1.0] * len(prompt), strict=True):
+        by_factor.setdefault(factor, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": members, "lr": learning_rate * factor} for factor, members in by_factor.items() if members
+    ]
     if head:
         groups.append({"params": list(head), "lr": config.head_learning_rate})
     if config.optim == "adamw":

@@ -33,12 +33,13 @@ def check_prompt(prompt: Prompt | None, model: Any) -> None:
 
 
 def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | None) -> int:
-    """Tokens a row may have: `max_length`, or what the backbone's positions leave beside the P virtual tokens.
+    """Tokens a row may have: `max_length`, or what the prompt and the positions beside its P virtual tokens allow.
 
     Raises:
         InputError: the prompt leaves no room, or `max_length` is more than it leaves.
     """
     taken = 0 if prompt is None else prompt.num_virtual_tokens
+    reach = None if prompt is None else prompt.max_text_length
     room = spec.max_positions - taken
     if room < 1:
         raise InputError(
@@ -49,7 +50,9 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
             f"expected max_length of at most {room} (the backbone's {spec.max_positions} positions minus {taken} "
             f"virtual tokens), got {max_length}"
         )
-    return max_length or room
+    if max_length is not None and reach is not None and max_length > reach:
+        raise InputError(f"expected max_length of at most {reach}, the longest text of the prompt, got {max_length}")
+    return max_length or (room if reach is None else min(room, reach))
 
 
 def encode(

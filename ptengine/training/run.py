@@ -134,9 +134,16 @@ class Run:
         self._eval_rows = eval_rows
         self._batches = ShuffledBatches(len(train_rows), plan.config.per_device_train_batch_size, plan.config.seed)
         self._best: dict[str, Tensor] = {}
-        prompt_parameters = [p for p in prompt.parameters() if p.requires_grad] if prompt is not None else []
-        self._trained = [*prompt_parameters, *head.values()]
-        self._optimizer = make_optimizer(plan.config, prompt_parameters, list(head.values()), plan.learning_rate)
+        named = {n: p for n, p in prompt.named_parameters() if p.requires_grad} if prompt is not None else {}
+        scales = prompt.learning_rate_factors() if prompt is not None else {}
+        self._trained = [*named.values(), *head.values()]
+        self._optimizer = make_optimizer(
+            plan.config,
+            list(named.values()),
+            list(head.values()),
+            plan.learning_rate,
+            [scales.get(name, 1.0) for name in named],
+        )
         self._schedule = make_schedule(plan.config, self._optimizer, plan.total_steps)
         self._groups: list[list[int]] = []  # training rows of the step's micro-batches
         self._step_tokens = 0

@@ -98,6 +98,19 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "word for a number": (lambda b: b.tune("--learning-rate", "fast"), ("--learning-rate", "a number", "'fast'")),
     "word for yes or no": (lambda b: b.tune("--greater-is-better", "maybe"), ("yes or no", "'maybe'")),
     "unknown method": (lambda b: b.tune("--method", "lora"), ("--method", "soft, prefix", "'lora'")),
+    "unknown option of a method": (
+        lambda b: b.tune("--method", "residual", "--prompt-option", "width=3"),
+        ("'residual_prompt'", "'width'", "bottleneck_size"),
+    ),
+    "option of a method without a value": (lambda b: b.tune("--prompt-option", "width"), ("NAME=VALUE", "'width'")),
+    "option of a method given elsewhere": (
+        lambda b: b.tune("--prompt-option", "seed=3"),
+        ("no other option", "'seed'"),
+    ),
+    "option of a method out of range": (
+        lambda b: b.tune("--method", "residual", "--prompt-option", "bottleneck_size=0"),
+        ("bottleneck_size", "got 0"),
+    ),
     "unknown demo": (lambda b: ["demo", "--task", "mnli"], ("--task", "sms_spam, e2e_nlg", "'mnli'")),
     "unknown dtype": (lambda b: b.tune("--dtype", "int8"), ("--dtype", "float32", "'int8'")),
     "unknown device": (lambda b: b.tune("--device", "abacus"), ("--device", "'abacus'")),

@@ -121,6 +121,36 @@ def test_generation_from_tuning_to_texts(world: Any, call: Callable[..., Any], t
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+@pytest.mark.parametrize(
+    ("method", "option"),
+    [
+        ("p-tuning", "encoder_reparameterization_type=MLP"),
+        ("residual", "bottleneck_size=6"),
+        ("superpos", "num_sampled_tokens=7"),
+        ("ulpt", "rank=3"),
+        ("dept", "rank=3"),
+        (
+            "cartridge",
+            "text=it was fine good bad fine poor it was good very good it was it was fine good poor it was bad",
+        ),
+        ("multitask", "vector_init=ones"),
+        ("cpt", 'context=[["format", "it"], ["input", "was fine"], ["label", "good"]]'),
+    ],
+)
+def test_every_method_is_tuned_and_used(
+    world: Any, call: Callable[..., Any], tmp_path: Path, method: str, option: str
+) -> None:
+    output = tmp_path / "out"
+    arguments = world.tune(output, "--method", method, "--prompt-option", option, "--json")
+    if method == "cpt":  # as long as its context
+        at = arguments.index("--num-virtual-tokens")
+        del arguments[at : at + 2]
+    tuned = call(*arguments)
+    assert (tuned.status, tuned.err) == (0, "")
+    assert tuned.json["method"] == method
+    assert call("eval", "--prompt", output, "--data", world.test, "--json").status == 0
+
+
 def test_generate_writes_what_eval_writes(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     """Both must tokenise a row alike; a tokenizer's own EOS or a lost BOS would show as other texts."""
     arguments = world.tune(tmp_path / "out", "--target-column", "target", "--json")
