@@ -35,6 +35,7 @@ from ptengine.training.optimization import (
     schedule_state,
 )
 from ptengine.training.randomness import load_random_state, random_state
+from ptengine.training.step_loss import MicroBatch, StepInfo, StepLoss
 
 __all__ = ["HEAD_NAME", "Interrupted", "Plan", "Run"]
 
@@ -85,6 +86,7 @@ class Run:
         head: trainable parameters of the backbone's head by name; empty for tasks without one.
         train_rows: encoded training rows.
         eval_rows: encoded evaluation rows; empty where there are none.
+        step_loss: what a step minimises.
     """
 
     def __init__(
@@ -95,6 +97,7 @@ class Run:
         head: Mapping[str, nn.Parameter],
         train_rows: Sequence[EncodedRow],
         eval_rows: Sequence[EncodedRow],
+        step_loss: StepLoss,
     ) -> None:
         self.plan = plan
         self.progress = Progress()
@@ -106,6 +109,7 @@ class Run:
         self._head = head
         self._train_rows = train_rows
         self._eval_rows = eval_rows
+        self._step_loss = step_loss
         self._batches = ShuffledBatches(len(train_rows), plan.config.per_device_train_batch_size, plan.config.seed)
         self._best: dict[str, Tensor] = {}
         prompt_parameters = [p for p in prompt.parameters() if p.requires_grad] if prompt is not None else []
@@ -211,21 +215,31 @@ class Run:
         groups = self._next_group()
         batches = [self._objective.collate([self._train_rows[i] for i in group]) for group in groups]
         counts = [self._objective.count_labels(batch) for batch in batches]
-        total = sum(counts)
+        # Mean over all labels of the step, not the mean of the micro-batches' means.
+        micro = [
+            MicroBatch(batch, group, count / sum(counts))
+            for batch, group, count in zip(batches, groups, counts, strict=True)
+        ]
         if self._prompt is not None:
             self._prompt.train()
         self._optimizer.zero_grad(set_to_none=True)
-        parts: list[Tensor] = []
-        for batch, count in zip(batches, counts, strict=True):
+
+        def check() -> None:
             # The step so far is dropped: generators, weights and moments in `snapshot` are those before it.
-            if parts and interruption.received is not None:
+            if interruption.received is not None:
                 raise Interrupted
-            # Mean over all labels of the step, not the mean of the micro-batches' means.
-            part = self._objective.loss(self._prompt, batch, config.label_smoothing_factor) * (count / total)
-            part.backward()
-            parts.append(part.detach().float())
-        values = torch.stack(parts).tolist()
-        broken = [group for group, value in zip(groups, values, strict=True) if not math.isfinite(value)]
+
+        info = StepInfo(progress.step, self.plan.total_steps, config.label_smoothing_factor, check)
+        losses: list[Tensor] = []
+        rows: list[Sequence[int]] = []
+        tokens = 0
+        for part in self._step_loss.parts(self._objective, self._prompt, micro, info):
+            part.loss.backward()
+            losses.append(part.loss.detach().float())
+            rows.append(part.rows)
+            tokens += part.num_tokens
+        values = torch.stack(losses).tolist()
+        broken = [part for part, value in zip(rows, values, strict=True) if not math.isfinite(value)]
         if broken:
             raise self._diverged(progress.step + 1, "the loss is not finite", _flat(broken))
         norm = nn.utils.clip_grad_norm_(self._trained, config.max_grad_norm or math.inf).item()
@@ -239,7 +253,7 @@ class Run:
         progress.step += 1
         progress.losses.append(math.fsum(values))
         progress.evaluation_due = self._due(self.plan.eval_strategy, config.eval_steps)
-        self.tokens += sum(batch.num_tokens for batch in batches)
+        self.tokens += tokens
         self.seconds += time.perf_counter() - begun
         self._report(journal, rate, norm)
 

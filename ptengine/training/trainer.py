@@ -38,6 +38,7 @@ from ptengine.training.optimization import warmup_steps
 from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
 from ptengine.training.randomness import load_random_state, random_state, seed_everything
 from ptengine.training.run import Interrupted, Plan, Run
+from ptengine.training.step_loss import StepLoss, TaskLoss
 
 __all__ = ["Trainer", "TrainingResult"]
 
@@ -99,6 +100,7 @@ class Trainer:
         config: the settings.
         task: what a row asks of the model: a task of `ptengine.data`.
         tokenizer: the model's tokenizer.
+        step_loss: what an optimiser step minimises; None means the task's loss on the training data alone.
 
     Raises:
         InputError: anything that does not fit, named: see `TrainingConfig` and `ptengine.data`; also a prompt made for
@@ -117,6 +119,7 @@ class Trainer:
         *,
         task: Task,
         tokenizer: Any,
+        step_loss: StepLoss | None = None,
     ) -> None:
         if not isinstance(config, TrainingConfig):
             raise InputError(f"expected config, a TrainingConfig, got {type(config).__name__}")
@@ -128,6 +131,7 @@ class Trainer:
         self.prompt = prompt
         self.config = config
         self.task = task
+        self._step_loss = TaskLoss() if step_loss is None else step_loss
         self._objective = make_objective(task, model, spec, tokenizer, config.bf16)
         self._head = head_parameters(model) if task.kind == "sequence_classification" else {}
         self._device = spec.word_embeddings.weight.device
@@ -188,7 +192,7 @@ class Trainer:
             clean_leftovers(output_dir)
             result = None
             with self._conditions(), Interruption() as interruption:
-                run = Run(plan, self._objective, self.prompt, self._head, self._train, self._eval)
+                run = Run(plan, self._objective, self.prompt, self._head, self._train, self._eval, self._step_loss)
                 if checkpoint is not None:
                     run.restore(checkpoint)
                 with Journal(
@@ -260,6 +264,7 @@ class Trainer:
                 self.model,
                 fingerprint_rows(self._train),
                 fingerprint_rows(self._eval),
+                self._step_loss.identity(),
             ),
             environment=environment(self._device),
         )

@@ -247,7 +247,8 @@ class PromptBank:
         Raises:
             InputError: an empty bank, an unknown measure, or one without what it needs.
         """
-        needs = {"shot_loss": {"task": task, "shots": shots}, **{name: {"prompt": prompt} for name in PROMPT_MEASURES}}
+        needs: dict[str, dict[str, Any]] = {name: {"prompt": prompt} for name in PROMPT_MEASURES}
+        needs["shot_loss"] = {"task": task, "shots": shots}
         if measure not in needs:
             raise InputError(f"expected measure, one of {', '.join(needs)}, got {measure!r}")
         for argument, value in needs[measure].items():
