@@ -57,7 +57,7 @@ def add_task_vectors(
 
 
 def start_from(model: Any, prompt: Prompt) -> Prompt:
-    """A new trainable prompt on `model` that holds the numbers of `prompt`, with the learning rate of a transferred one.
+    """A new trainable prompt on `model` with the numbers of `prompt` and the learning rate of a transferred one.
 
     Raises:
         InputError: prompts of this method cannot start from another.

@@ -60,7 +60,7 @@ def test_at_its_ends_joint_training_is_training_on_one_task(
 
 
 def test_in_between_both_tasks_count(tiny: ModuleType, tmp_path: Path) -> None:
-    both, prompt = run(tiny, tmp_path / "both", Strategy(joint=Joint(0.25)))
+    both, _ = run(tiny, tmp_path / "both", Strategy(joint=Joint(0.25)))
     ends = [run(tiny, tmp_path / f"{end}", Strategy(joint=Joint(end)))[0] for end in (0.0, 1.0)]
     # The first step's losses are taken at one prompt: fp32 sums of three terms.
     wanted = 0.75 * ends[0].losses[0] + 0.25 * ends[1].losses[0]
@@ -142,7 +142,7 @@ def test_the_anchor_is_the_distance_relative_to_the_start(tiny: ModuleType) -> N
         pairs = list(zip(prompt.parameters(), start.parameters(), strict=True))
         moved = sum((a - b).square().sum() for a, b in pairs)
         size = sum(b.square().sum() for _, b in pairs)
-        assert loss.item() == pytest.approx(3 * float(moved / size), rel=1e-5)
+        assert loss.item() == pytest.approx(3 * (moved / size).item(), rel=1e-5)
         assert part_losses(tiny, strategy, start, start, model, collate(rows))[1].item() == 0
 
 
