@@ -17,6 +17,8 @@ COMMANDS = {
     "tune": "tune a prompt on your data against a frozen model",
     "eval": "score a tuned prompt, or the frozen model alone, on a file",
     "generate": "label or continue texts with a tuned prompt",
+    "transfer": "move what prompts learned on other data to a target with few rows, and say whether it helped",
+    "bank": "keep tuned prompts with cards, and find those that may help another task",
     "doctor": "report versions, devices, and which path each operation will take and why",
 }
 

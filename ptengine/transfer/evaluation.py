@@ -13,12 +13,13 @@ from ptengine.data import ClassificationTask
 from ptengine.prompts.base import Prompt
 from ptengine.training import evaluate
 
-__all__ = ["Judged", "LabelScores", "judge"]
+__all__ = ["Judged", "LabelScores", "baselines", "judge"]
 
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Attributes: `precision`, `recall` and `f1` of one label, fractions (0 where undefined), and its gold `support`."""
+    """Attributes: `precision`, `recall` and `f1` of one label, fractions (0 where undefined), and its gold rows,
+    `support`."""
 
     precision: float
     recall: float
@@ -74,3 +75,26 @@ def judge(
         confusion=confusion_matrix(gold, result.predictions, labels=labels).tolist(),
         correct=tuple(float(said == label) for said, label in zip(result.predictions, gold, strict=True)),
     )
+
+
+def baselines(
+    rows: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], task: ClassificationTask
+) -> dict[str, float]:
+    """Test accuracy of what needs no language model, trained on `rows`: the most frequent label, and naive Bayes.
+
+    The latter counts character n-grams of one to three, which serves languages with and without blanks.
+    """
+    from sklearn.dummy import DummyClassifier
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.naive_bayes import MultinomialNB
+    from sklearn.pipeline import make_pipeline
+
+    def texts(data: Sequence[Mapping[str, Any]]) -> list[str]:
+        return ["\n".join(str(row[column]) for column in task.template.columns) for row in data]
+
+    labels, gold = ([str(row[task.label_column]) for row in data] for data in (rows, test))
+    models = {
+        "majority class": DummyClassifier(strategy="most_frequent"),
+        "bag of characters": make_pipeline(CountVectorizer(analyzer="char", ngram_range=(1, 3)), MultinomialNB()),
+    }
+    return {name: float(model.fit(texts(rows), labels).score(texts(test), gold)) for name, model in models.items()}

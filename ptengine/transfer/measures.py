@@ -6,6 +6,7 @@ arrays stand in the same order: pair i of all of them had the same rows and the 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -52,7 +53,8 @@ def paired_interval(
         raise InputError(f"expected scores of one length, at least one pair, got {[array.shape for array in checked]}")
     if not all(bool(np.isfinite(array).all()) for array in checked):
         raise InputError("expected finite scores, got NaN or infinity")
-    with np.errstate(divide="ignore", invalid="ignore"):
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", stats.DegenerateDataWarning)  # a resample without a value: told by None
         value = float(statistic(*checked, axis=-1))
         low = high = None
         if checked[0].size > 1:

@@ -89,7 +89,7 @@ class Anchor:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("weight", self.weight, 0)
+        _number("anchor weight", self.weight, 0)
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Distill:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
-        _number("weight", self.weight, 0)
+        _number("distill weight", self.weight, 0)
 
 
 @dataclass(frozen=True)
