@@ -23,6 +23,7 @@ __all__ = ["Cleaned", "Cleaning", "CleaningReport", "clean", "text_key"]
 
 Row = dict[str, Any]
 SHOWN = 20
+NOT_DRAWN = "not drawn, to balance or limit the labels"
 
 _INVISIBLE = "\u200b\ufeff\u00ad"  # joiners stay: scripts and emoji need them
 
@@ -102,7 +103,8 @@ class CleaningReport:
         lines = [f"{self.source}: {self.kept} of {self.rows} rows kept"]
         for reason, count in self.dropped.items():
             rows = ", ".join(str(row) for row in self.examples[reason])
-            lines.append(f"  {count} dropped: {reason} (rows {rows}{', ...' if count > SHOWN else ''})")
+            where = "" if reason == NOT_DRAWN else f" (rows {rows}{', ...' if count > SHOWN else ''})"
+            lines.append(f"  {count} dropped: {reason}{where}")
         if self.normalized:
             lines.append(f"  {self.normalized} normalised")
         if self.cut:
@@ -278,7 +280,7 @@ class _Work:
                 chosen.add(position)
         for position, (index, _) in enumerate(rows):
             if position not in chosen:
-                self.drop(index, "not drawn, to balance or limit the labels")
+                self.drop(index, NOT_DRAWN)
         return [row for position, row in enumerate(rows) if position in chosen]
 
 

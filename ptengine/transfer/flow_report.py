@@ -159,7 +159,7 @@ def _figures(result: FlowResult, target: str) -> list[Figure]:
 
 
 def _notes(result: FlowResult) -> list[str]:
-    lines = ["  ".join(part.strip() for part in report.lines()) for report in result.cleaning]
+    lines = ["; ".join(part.strip() for part in report.lines()) for report in result.cleaning]
     if result.transfer.search.measure == "shot_loss":
         lines.append(
             "shot_loss is the untouched source prompt's loss on the target's shots, in nats: smaller is closer."

@@ -22,7 +22,7 @@ def gain_heat_map(gains: Mapping[str, Mapping[str, float]]) -> str:
     targets = list(dict.fromkeys(target for row in gains.values() for target in row))
     values = [[100 * gains[source].get(target, math.nan) for target in targets] for source in sources]
     most = max((abs(value) for row in values for value in row if not math.isnan(value)), default=0.0) or 1.0
-    figure, axes = _figure(2.2 + 0.9 * len(targets), 1.2 + 0.5 * len(sources))
+    figure, axes = _figure(3.4 + 0.9 * len(targets), 2.2 + 0.5 * len(sources))
     image = axes.imshow(values, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
     axes.set_xticks(range(len(targets)), targets, rotation=30, ha="right")
     axes.set_yticks(range(len(sources)), sources)
