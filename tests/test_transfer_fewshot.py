@@ -36,7 +36,7 @@ def test_scratch_counts_with_its_best_mean_and_unfinished_pairs_wait() -> None:
 
 
 def test_the_file_goes_on_and_the_clock_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(experiment, "environment", lambda: {})
+    monkeypatch.setattr(experiment, "environment", dict)
     path, settings = tmp_path / "few.json", {"seeds": 1}
     store = experiment.Store.open(path, settings, None)
     assert store.once("a", lambda: 1) == 1

@@ -137,7 +137,7 @@ def run_flow(
     work.check(data)
     make_directory(output / "clean")
     write_together(output / "clean", _files(data))
-    curve = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
+    curve: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
     bank = PromptBank(output / "bank")
     for name, rows in data.sources.items():
         say(f"source {name}: tuning a {settings.method} on {len(rows)} rows")
