@@ -18,6 +18,8 @@ COMMANDS = {
     "eval": "score a tuned prompt, or the frozen model alone, on a file",
     "generate": "label or continue texts with a tuned prompt",
     "export": "write a tuned prompt for PEFT, for vLLM, or into a stock checkpoint",
+    "transfer": "move what prompts learned on other data to a target with few rows, and say whether it helped",
+    "bank": "keep tuned prompts with cards, and find those that may help another task",
     "doctor": "report versions, devices, and which path each operation will take and why",
 }
 

@@ -173,11 +173,12 @@ def _cpt(config: Mapping[str, Any], state: dict[str, Tensor], width: int) -> Ten
     kinds = config.get("cpt_tokens_type_mask")
     if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, int) for kind in kinds):
         raise InputError(f"expected cpt_tokens_type_mask, a list of {count} whole numbers, got {kinds!r}")
-    radii = {}
+    radii: dict[str, float] = {}
     for name in ("opt_projection_epsilon", "opt_projection_format_epsilon"):
-        radii[name] = config.get(name)
-        if isinstance(radii[name], bool) or not isinstance(radii[name], int | float) or not radii[name] > 0:
-            raise InputError(f"expected {name}, a number above 0, got {radii[name]!r}")
+        value = config.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+            raise InputError(f"expected {name}, a number above 0, got {value!r}")
+        radii[name] = value
     unit = math.sqrt(width / 2048)
     by_kind = [1e-10, radii["opt_projection_format_epsilon"] * unit, radii["opt_projection_epsilon"] * unit]
     by_kind.append(by_kind[1])

@@ -26,7 +26,15 @@ from ptengine.prompts.registry import prompt_class
 if TYPE_CHECKING:
     from ptengine.prompts.base import Prompt
 
-__all__ = ["FORMAT_VERSION", "JSON_NAME", "WEIGHTS_NAME", "load_prompt", "read_safetensors", "save_prompt"]
+__all__ = [
+    "FORMAT_VERSION",
+    "JSON_NAME",
+    "WEIGHTS_NAME",
+    "load_prompt",
+    "read_prompt",
+    "read_safetensors",
+    "save_prompt",
+]
 
 FORMAT_VERSION = 1
 JSON_NAME = "prompt.json"
@@ -79,6 +87,11 @@ def load_prompt(directory: str | os.PathLike[str], model: Any) -> Prompt:
         UnsupportedModelError: the model is of no supported type.
     """
     present = backbone_facts(model)
+    return read_prompt(directory, present).to(backbone_spec(model).word_embeddings.weight.device)
+
+
+def read_prompt(directory: str | os.PathLike[str], present: BackboneFacts | None = None) -> Prompt:
+    """As `load_prompt`, on the CPU and without a model; `present` are the facts of the backbone it must be made for."""
     directory = Path(directory)
     if not directory.is_dir():
         raise InputError(f"expected the directory of a saved prompt, got {str(directory)!r}, which is not a directory")
@@ -87,12 +100,13 @@ def load_prompt(directory: str | os.PathLike[str], model: Any) -> Prompt:
     tensors, header = read_safetensors(path)
     description = _description(path, header)
     facts = BackboneFacts.from_json(description["backbone"])
-    facts.require_same(present, f"the prompt in {str(directory)!r}")
+    if present is not None:
+        facts.require_same(present, f"the prompt in {str(directory)!r}")
     # On the meta device a damaged description allocates nothing; the tensors are put in place once they fit.
     with torch.device("meta"):
         prompt = prompt_class(description["method"]).empty(facts, description["config"])
     _fill(prompt, tensors, path)
-    return prompt.to(backbone_spec(model).word_embeddings.weight.device)
+    return prompt
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

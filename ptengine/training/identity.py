@@ -46,8 +46,9 @@ def run_identity(
     model: nn.Module,
     train: dict[str, Any],
     evaluation: dict[str, Any],
+    step_loss: dict[str, Any],
 ) -> dict[str, Any]:
-    """Describe a run. `train` and `evaluation` come from `fingerprint_rows`."""
+    """Describe a run. `train` and `evaluation` come from `fingerprint_rows`, `step_loss` from `StepLoss.identity`."""
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     # The length of the run may change where the rate of a step does not depend on it.
     if config.lr_scheduler_type == "constant" and not config.warmup_ratio:
@@ -65,6 +66,7 @@ def run_identity(
         "model": {"fingerprint": fingerprint_model(model, skip=set(head))},
         "train_data": train,
         "eval_data": evaluation,
+        "step_loss": step_loss,
     }
 
 

@@ -6,7 +6,7 @@ labels, so no gradient reaches another prompt. Knows runs and the backbone; no o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 from ptengine.backbone import label_losses
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import join_batches
-from ptengine.training.run import MicroBatch, Run
+from ptengine.training.run import Run
+from ptengine.training.step_loss import MicroBatch
 
 __all__ = ["JointBackward"]
 
@@ -43,10 +44,18 @@ class JointBackward:
         self._label_smoothing = label_smoothing
         self._max_tokens = max_tokens
 
-    def __call__(self, parts: Sequence[Part]) -> list[Tensor]:
-        losses: list[Tensor] = []
-        for group in self._groups(parts):
-            losses += self._backward(group)
+    def __call__(self, steps: Sequence[tuple[Run, list[MicroBatch]]], check: Callable[[], None]) -> list[list[Tensor]]:
+        """Micro-batches with the same number, one of each run, together."""
+        losses: list[list[Tensor]] = [[] for _ in steps]
+        for number in range(max(len(batches) for _, batches in steps)):
+            if number:
+                check()
+            present = [i for i, (_, batches) in enumerate(steps) if number < len(batches)]
+            found: list[Tensor] = []
+            for group in self._groups([(steps[i][0], steps[i][1][number]) for i in present]):
+                found += self._backward(group)
+            for i, loss in zip(present, found, strict=True):
+                losses[i].append(loss)
         return losses
 
     def _groups(self, parts: Sequence[Part]) -> Iterator[list[tuple[Part, LoweredPrompt]]]:
@@ -76,7 +85,7 @@ class JointBackward:
                 label_smoothing=self._label_smoothing,
             )  # [n], in the rows' order
         own = losses.split([micro_batch.num_labels for micro_batch in micro_batches])
-        parts = [x.mean() * micro_batch.weight for x, micro_batch in zip(own, micro_batches, strict=True)]
+        parts = [x.mean() * micro_batch.share for x, micro_batch in zip(own, micro_batches, strict=True)]
         # A sum, so that each prompt's gradient is that of its own part.
         torch.stack(parts).sum().backward()
         return [part.detach().float() for part in parts]

@@ -16,12 +16,16 @@ from torch import Tensor
 from ptengine.errors import TrainingDiverged
 from ptengine.training.interruption import Interruption
 from ptengine.training.journal import Journal
-from ptengine.training.run import Interrupted, MicroBatch, Run
+from ptengine.training.run import Interrupted, Run
+from ptengine.training.step_loss import MicroBatch
 
 __all__ = ["Backward", "Loop", "Saver"]
 
-Backward: TypeAlias = Callable[[Sequence[tuple[Run, MicroBatch]]], list[Tensor]]
-"""Adds the gradients of one micro-batch of each of several runs; returns each one's part of its step's loss, fp32."""
+Backward: TypeAlias = Callable[[Sequence[tuple[Run, list[MicroBatch]]], Callable[[], None]], list[list[Tensor]]]
+"""Adds the gradients of one step of each of several runs; returns the parts of each one's loss, fp32.
+
+Calls its second argument between parts, which may raise to break off; no step is then taken.
+"""
 
 
 class Saver(Protocol):
@@ -43,7 +47,7 @@ class Loop:
 
     Args:
         runs: each with its journal.
-        backward: what computes the micro-batches of a step: those with the same number, one of each run, together.
+        backward: what computes the micro-batches of a step.
         saver: of the checkpoints.
         interruption: a signal to obey.
         after_step: called after every step with how many runs took it.
@@ -98,16 +102,7 @@ class Loop:
     def _step(self, active: Sequence[tuple[Run, Journal]]) -> None:
         """One optimiser step of every active run over its own micro-batches."""
         begun = time.perf_counter()
-        parts = [(run, run.begin_step()) for run, _ in active]
-        losses: list[list[Tensor]] = [[] for _ in active]
-        for number in range(max(len(batches) for _, batches in parts)):
-            # The step so far is dropped: generators, weights and moments in a snapshot are those before it.
-            if number and self._interruption.received is not None:
-                raise Interrupted
-            present = [i for i, (_, batches) in enumerate(parts) if number < len(batches)]
-            found = self._backward([(parts[i][0], parts[i][1][number]) for i in present])
-            for i, loss in zip(present, found, strict=True):
-                losses[i].append(loss)
+        losses = self._backward([(run, run.begin_step()) for run, _ in active], self._check)
         for (run, journal), values in zip(active, losses, strict=True):
             with _diverging(run, journal):
                 run.end_step(values)
@@ -117,6 +112,11 @@ class Loop:
             if run.diverged is None:
                 run.report(journal, seconds)
         self._after_step(len(active))
+
+    def _check(self) -> None:
+        # The step so far is dropped: generators, weights and moments in a snapshot are those before it.
+        if self._interruption.received is not None:
+            raise Interrupted
 
     def _save(self) -> bool:
         """Write a checkpoint of what is sound; False where nothing is."""

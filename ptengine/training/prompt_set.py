@@ -28,6 +28,7 @@ from ptengine.training.loop import Loop
 from ptengine.training.resumption import Resume, refuse_finished_work, require_exact, starting_point
 from ptengine.training.run import Interrupted, Plan, Run
 from ptengine.training.saving import SetSaver, restore_set
+from ptengine.training.step_loss import TaskLoss
 from ptengine.training.trainer import TRACES, Trainer, TrainingResult, leave, peak_memory
 
 __all__ = ["PromptSet", "PromptSetResult"]
@@ -253,6 +254,11 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
             raise InputError(
                 f"member {index}: expected a prompt and a task without a trained head, which is part of the model that "
                 f"all members share, got {type(trainer.task).__name__}"
+            )
+        if not isinstance(trainer.step_loss, TaskLoss):
+            raise InputError(
+                f"member {index}: expected a trainer of its task's loss alone, which one batch computes, got step_loss="
+                f"{type(trainer.step_loss).__name__}"
             )
         if trainer.model is not members[0].model:
             raise InputError(f"member {index}: expected the model object of member 0, got another one")

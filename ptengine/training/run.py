@@ -8,7 +8,7 @@ business. Knows no user input; what reaches it has been checked by the trainer.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.lowering import LoweredPrompt
-from ptengine.backbone.packing import PackedBatch
 from ptengine.data import EncodedRow, ShuffledBatches
 from ptengine.errors import TrainingDiverged
 from ptengine.files import save_safetensors_atomic, write_json_atomic
@@ -36,8 +35,9 @@ from ptengine.training.optimization import (
     schedule_state,
 )
 from ptengine.training.randomness import Generators
+from ptengine.training.step_loss import MicroBatch, StepInfo, StepLoss
 
-__all__ = ["HEAD_NAME", "Interrupted", "MicroBatch", "Plan", "Run"]
+__all__ = ["HEAD_NAME", "Interrupted", "Plan", "Run"]
 
 HEAD_NAME = "head.safetensors"
 
@@ -76,22 +76,6 @@ class Progress:
     stopped_early: bool = False
 
 
-@dataclass(frozen=True)
-class MicroBatch:
-    """One forward and backward of a step.
-
-    Attributes:
-        batch: its rows.
-        num_labels: over how many labels its loss is a mean.
-        weight: its share of the step's labels: a step's loss is the mean over all of them, not over the micro-batches'
-            means.
-    """
-
-    batch: PackedBatch
-    num_labels: int
-    weight: float
-
-
 class Run:
     """One run of a trainer, alone or beside others.
 
@@ -102,6 +86,7 @@ class Run:
         head: trainable parameters of the backbone's head by name; empty for tasks without one.
         train_rows: encoded training rows.
         eval_rows: encoded evaluation rows; empty where there are none.
+        step_loss: what a step minimises.
         generators: the random numbers it draws, seeded.
 
     Attributes:
@@ -118,6 +103,7 @@ class Run:
         head: Mapping[str, nn.Parameter],
         train_rows: Sequence[EncodedRow],
         eval_rows: Sequence[EncodedRow],
+        step_loss: StepLoss,
         generators: Generators,
     ) -> None:
         self.plan = plan
@@ -132,6 +118,7 @@ class Run:
         self._head = head
         self._train_rows = train_rows
         self._eval_rows = eval_rows
+        self._step_loss = step_loss
         self._batches = ShuffledBatches(len(train_rows), plan.config.per_device_train_batch_size, plan.config.seed)
         self._best: dict[str, Tensor] = {}
         named = {n: p for n, p in prompt.named_parameters() if p.requires_grad} if prompt is not None else {}
@@ -146,6 +133,7 @@ class Run:
         )
         self._schedule = make_schedule(plan.config, self._optimizer, plan.total_steps)
         self._groups: list[list[int]] = []  # training rows of the step's micro-batches
+        self._parts: list[Sequence[int]] = []  # and of the parts of its loss
         self._step_tokens = 0
         self._rate = self._norm = math.nan  # of the last step
         # Generators and sampler as they were after the last whole step: what a checkpoint holds, also in mid-step.
@@ -227,20 +215,29 @@ class Run:
         self._groups = self._next_group()
         batches = [self._objective.collate([self._train_rows[i] for i in group]) for group in self._groups]
         counts = [self._objective.count_labels(batch) for batch in batches]
-        total = sum(counts)
+        micro = [
+            MicroBatch(batch, group, count, count / sum(counts))
+            for batch, group, count in zip(batches, self._groups, counts, strict=True)
+        ]
         if self._prompt is not None:
             self._prompt.train()
         self._optimizer.zero_grad(set_to_none=True)
+        self._parts = list(self._groups)
         self._step_tokens = sum(batch.num_tokens for batch in batches)
-        return [MicroBatch(batch, count, count / total) for batch, count in zip(batches, counts, strict=True)]
+        return micro
 
-    def backward(self, part: MicroBatch) -> Tensor:
-        """Add a micro-batch's gradient; returns its part of the step's loss, fp32."""
+    def backward(self, batches: Sequence[MicroBatch], check: Callable[[], None]) -> list[Tensor]:
+        """Add the gradients of a step; returns the parts of its loss, fp32. `check` is called between parts."""
+        info = StepInfo(self.progress.step, self.plan.total_steps, self.plan.config.label_smoothing_factor, check)
+        losses: list[Tensor] = []
+        self._parts, self._step_tokens = [], 0
         with self._generators.in_place():
-            loss = self._objective.loss(self._prompt, part.batch, self.plan.config.label_smoothing_factor)
-        loss = loss * part.weight
-        loss.backward()
-        return loss.detach().float()
+            for part in self._step_loss.parts(self._objective, self._prompt, batches, info):
+                part.loss.backward()
+                losses.append(part.loss.detach().float())
+                self._parts.append(part.rows)
+                self._step_tokens += part.num_tokens
+        return losses
 
     def lower(self) -> LoweredPrompt:
         """The prompt as the backbone reads it, for a backward pass that several runs share."""
@@ -249,14 +246,14 @@ class Run:
             return self._prompt.lower()
 
     def end_step(self, losses: Sequence[Tensor]) -> None:
-        """Clip, and take the optimiser's step, with every micro-batch's part of the loss.
+        """Clip, and take the optimiser's step, with every part of the loss.
 
         Raises:
             TrainingDiverged: a loss or the gradient is not finite; the step is not taken.
         """
         progress, groups = self.progress, self._groups
         values = torch.stack(list(losses)).tolist()
-        broken = [group for group, value in zip(groups, values, strict=True) if not math.isfinite(value)]
+        broken = [part for part, value in zip(self._parts, values, strict=True) if not math.isfinite(value)]
         if broken:
             raise self._diverged(progress.step + 1, "the loss is not finite", _flat(broken))
         self._norm = nn.utils.clip_grad_norm_(self._trained, self.plan.config.max_grad_norm or math.inf).item()

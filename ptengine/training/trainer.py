@@ -38,6 +38,7 @@ from ptengine.training.randomness import Generators, seed_everything
 from ptengine.training.resumption import Resume, require_exact, starting_point
 from ptengine.training.run import Interrupted, Plan, Run
 from ptengine.training.saving import RunSaver, restore_run
+from ptengine.training.step_loss import StepLoss, TaskLoss
 
 __all__ = ["TRACES", "Trainer", "TrainingResult", "leave", "peak_memory"]
 
@@ -101,6 +102,7 @@ class Trainer:
         config: the settings.
         task: what a row asks of the model: a task of `ptengine.data`.
         tokenizer: the model's tokenizer.
+        step_loss: what an optimiser step minimises; None means the task's loss on the training data alone.
 
     Raises:
         InputError: anything that does not fit, named: see `TrainingConfig` and `ptengine.data`; also a prompt made for
@@ -119,6 +121,7 @@ class Trainer:
         *,
         task: Task,
         tokenizer: Any,
+        step_loss: StepLoss | None = None,
     ) -> None:
         if not isinstance(config, TrainingConfig):
             raise InputError(f"expected config, a TrainingConfig, got {type(config).__name__}")
@@ -130,6 +133,7 @@ class Trainer:
         self.prompt = prompt
         self.config = config
         self.task = task
+        self.step_loss = TaskLoss() if step_loss is None else step_loss
         self._objective = make_objective(task, model, spec, tokenizer, config.bf16)
         self._head = head_parameters(model) if task.kind == "sequence_classification" else {}
         self.device = spec.word_embeddings.weight.device
@@ -201,7 +205,7 @@ class Trainer:
                 with self.open_journal(run, show_bar=not self.config.disable_tqdm) as journal:
                     loop = Loop(
                         [(run, journal)],
-                        lambda parts: [run.backward(part) for run, part in parts],
+                        lambda steps, check: [one.backward(batches, check) for one, batches in steps],
                         RunSaver(run, journal),
                         interruption,
                     )
@@ -221,7 +225,7 @@ class Trainer:
         """A run at its first step, inside `training_conditions`; unless `alone` with random numbers of its own."""
         seed_everything(self.config.seed)
         generators = Generators(own=not alone)
-        return Run(plan, self._objective, self.prompt, self._head, self._train, self._eval, generators)
+        return Run(plan, self._objective, self.prompt, self._head, self._train, self._eval, self.step_loss, generators)
 
     def open_journal(self, run: Run, show_bar: bool) -> Journal:
         """The journal of a run from where it stands."""
@@ -283,6 +287,7 @@ class Trainer:
                 self.model,
                 fingerprint_rows(self._train),
                 fingerprint_rows(self._eval),
+                self.step_loss.identity(),
             ),
             environment=environment(self.device),
         )

@@ -1,0 +1,191 @@
+"""`ptengine bank`: a folder of tuned prompts with cards, filled, listed, searched and compared."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptengine.commands import Outcome
+from ptengine.commands.options import add_model_arguments, read_label_words, unescape, whole
+from ptengine.errors import InputError
+
+if TYPE_CHECKING:
+    from ptengine.data import Task
+
+EXAMPLE = r"""  ptengine bank add --bank prompts --name phones --prompt out --data phones.csv
+  ptengine bank list --bank prompts
+  ptengine bank search --bank prompts --shots fruit.csv \
+    --template 'Review: {text}\nGood or bad?' --label-words 'positive= good,negative= bad'
+  ptengine bank compare --bank prompts --measure token_cosine"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    add = _action(actions, "add", "put a tuned prompt into a bank")
+    add.add_argument("--prompt", metavar="DIR", required=True, help="output folder of ptengine tune or transfer")
+    add.add_argument("--name", metavar="NAME", required=True, help="of the entry")
+    add.add_argument("--data", metavar="FILE", help="what it was tuned on, recorded by name, hash and rows")
+    add.add_argument("--initial", metavar="DIR", help="saved prompt it started from, kept for task vectors")
+    add.add_argument("--note", metavar="TEXT", default="", help="free text")
+    add.add_argument("--replace", action="store_true", help="put it in the place of an entry of that name")
+    _action(actions, "list", "show a bank's entries")
+    search = _action(actions, "search", "rank a bank's entries for a target")
+    search.add_argument("--shots", metavar="FILE", help="a few rows of the target: rank by loss on them")
+    search.add_argument("--template", metavar="TEXT", help="text of a row of --shots")
+    search.add_argument("--label-words", metavar="WORDS", help="label=word pairs of --shots, or a .json file")
+    search.add_argument("--label-column", metavar="NAME", default="label", help="of --shots (default: label)")
+    search.add_argument("--prompt", metavar="DIR", help="a prompt tuned on the target: rank by likeness to it")
+    search.add_argument("--measure", metavar="NAME", help="shot_loss, mean_token_cosine or token_cosine")
+    search.add_argument("--max-length", type=whole(1), metavar="N", help="longest row in tokens")
+    search.add_argument("--truncation", action="store_true", help="cut rows that are longer")
+    add_model_arguments(search, "the embedded one, or that of --prompt")
+    compare = _action(actions, "compare", "likeness of every two entries")
+    compare.add_argument("--names", metavar="A,B", help="entries to compare (default: all)")
+    compare.add_argument(
+        "--measure", metavar="NAME", default="mean_token_cosine",
+        help="mean_token_cosine, token_cosine or task_vector_cosine (default: mean_token_cosine)",
+    )  # fmt: skip
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    return {"add": _add, "list": _list, "search": _search, "compare": _compare}[args.action](args)
+
+
+def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = actions.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
+    )
+    parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
+    parser.add_argument("--bank", metavar="DIR", required=True, help="folder of the bank")
+    return parser
+
+
+def _add(args: argparse.Namespace) -> Outcome:
+    from ptengine.commands.recipe import find_prompt
+    from ptengine.commands.session import open_prompt
+    from ptengine.prompts import load_prompt
+    from ptengine.transfer import PromptBank
+
+    args.model = args.tokenizer = args.dtype = args.device = None  # those the prompt was tuned with
+    session = open_prompt(args)
+    if session.task.kind == "sequence_classification":
+        raise InputError("expected a prompt of a task with a template, got one with a trained head, which a bank lacks")
+    folder, _ = find_prompt(args.prompt)
+    entry = PromptBank(args.bank).add(
+        args.name, session.prompt, model=session.model, tokenizer=session.tokenizer, task=session.task, data=args.data,
+        metrics=_metrics(folder), initial=None if args.initial is None else load_prompt(args.initial, session.model),
+        note=args.note, replace=args.replace,
+    )  # fmt: skip
+    return Outcome({"command": "bank add", "entry": entry.card.to_json()}, (f"{entry.name} is in {entry.path}",))
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    """What training wrote beside the prompt: its last or best evaluation."""
+    path = folder / "training.json"
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_bytes())
+        return {name: value for name, value in found.items() if name not in ("step", "epoch")}
+    except (ValueError, AttributeError) as error:
+        raise InputError(f"expected a json object, got {str(path)!r}: {error}") from error
+
+
+def _list(args: argparse.Namespace) -> Outcome:
+    from rich.table import Table
+
+    entries = _bank(args.bank).list()
+    table = Table(title=f"{len(entries)} prompts in {args.bank}")
+    for column in ("name", "method", "tokens", "backbone", "data", "metrics", "created"):
+        table.add_column(column)
+    for entry in entries:
+        card = entry.card
+        metrics = ", ".join(f"{name} {value:.3f}" for name, value in list(card.metrics.items())[:2])
+        backbone = f"{card.backbone.facts.model_type} {card.backbone.fingerprint[:8]}"
+        data = "" if card.data is None else f"{card.data.name}, {card.data.rows} rows"
+        table.add_row(card.name, card.method, str(card.num_virtual_tokens), backbone, data, metrics, card.created[:10])
+    return Outcome({"command": "bank list", "entries": [entry.card.to_json() for entry in entries]}, (table,))
+
+
+def _search(args: argparse.Namespace) -> Outcome:
+    from rich.table import Table
+
+    measure = args.measure or ("shot_loss" if args.shots is not None else "mean_token_cosine")
+    given = [name for name in ("shots", "prompt") if getattr(args, name) is not None]
+    if len(given) != 1 or (measure == "shot_loss") != (given == ["shots"]):
+        raise InputError(
+            "expected --shots with measure shot_loss, or --prompt with mean_token_cosine or token_cosine, got "
+            f"{' and '.join(f'--{name}' for name in given) or 'neither'} with {measure}"
+        )
+    found = _by_shots(args) if args.shots is not None else _by_prompt(args, measure)
+    table = Table(title=f"{args.bank} by {measure}")
+    for column in ("name", measure, "accuracy"):
+        table.add_column(column)
+    for match in found.matches:
+        accuracy = match.details.get("accuracy")
+        table.add_row(match.entry.name, f"{match.score:.4f}", "" if accuracy is None else f"{accuracy:.4f}")
+    refused = [f"not asked: {name}, since {reason}" for name, reason in found.refused.items()]
+    data = {
+        "command": "bank search",
+        "measure": measure,
+        "matches": [
+            {"name": match.entry.name, "score": match.score, "metrics": dict(match.details)} for match in found.matches
+        ],
+        "refused": dict(found.refused),
+    }
+    return Outcome(data, (table, *refused))
+
+
+def _by_shots(args: argparse.Namespace) -> Any:
+    from ptengine.commands.loading import load_model, load_tokenizer, pick_device
+
+    bank, task = _bank(args.bank), _task(args)
+    device = pick_device(args.device)
+    tokenizer = load_tokenizer(args.tokenizer, args.model)
+    model = load_model(args.model, device, args.dtype or "float32")
+    return bank.search(
+        model=model, tokenizer=tokenizer, task=task, shots=args.shots, max_length=args.max_length,
+        truncation=args.truncation,
+    )  # fmt: skip
+
+
+def _by_prompt(args: argparse.Namespace, measure: str) -> Any:
+    from ptengine.commands.session import open_prompt
+
+    bank = _bank(args.bank)
+    session = open_prompt(args)
+    return bank.search(model=session.model, tokenizer=session.tokenizer, measure=measure, prompt=session.prompt)
+
+
+def _task(args: argparse.Namespace) -> Task:
+    from ptengine.data import ClassificationTask, Template, Verbalizer
+
+    for name in ("template", "label_words"):
+        if getattr(args, name) is None:
+            raise InputError(f"expected --{name.replace('_', '-')} with --shots, got none")
+    words = Verbalizer(read_label_words(args.label_words))
+    return ClassificationTask(Template(unescape(args.template)), words, args.label_column)
+
+
+def _compare(args: argparse.Namespace) -> Outcome:
+    from rich.table import Table
+
+    names = args.names.split(",") if args.names else []
+    found = _bank(args.bank).compare(args.measure, names)
+    table = Table(title=f"{args.bank} by {args.measure}")
+    table.add_column("")
+    for name in found:
+        table.add_column(name, justify="right")
+    for name, row in found.items():
+        table.add_row(name, *(f"{value:.3f}" for value in row.values()))
+    return Outcome({"command": "bank compare", "measure": args.measure, "table": found}, (table,))
+
+
+def _bank(path: str) -> Any:
+    from ptengine.transfer import PromptBank
+
+    if not Path(path).is_dir():
+        raise InputError(f"expected --bank, the folder of a prompt bank, got {path!r}, which is no folder")
+    return PromptBank(path)

@@ -1,0 +1,248 @@
+"""`ptengine transfer`: from source and target files to a prompt for the target, and a report on whether it helped."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ptengine.commands import Outcome
+from ptengine.commands.options import (
+    add_config_arguments,
+    add_model_arguments,
+    choice,
+    config_options,
+    number,
+    read_label_words,
+    unescape,
+    whole,
+)
+from ptengine.errors import InputError
+
+if TYPE_CHECKING:
+    from ptengine.data import ClassificationTask
+    from ptengine.transfer.flow import FlowSettings
+
+EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train.jsonl \
+    --target fruit.csv --test test.csv --template 'Review: {text}\nGood or bad?' \
+    --verbalizer 'positive= good,negative= bad' --output out
+  ptengine transfer --source 手机.csv --target 水果.csv --template '评论：{text}\n评价：' \
+    --verbalizer '正面=好,负面=差' --normalization NFKC --method prefix --anchor 1 --output out
+  ptengine eval --prompt out --data test.csv"""
+
+METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
+INITS = {"soft": "sampled_vocab", "prefix": "random"}
+STEPS = 60
+
+_SET_HERE = (
+    "output_dir", "num_train_epochs", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
+    "greater_is_better", "early_stopping_patience", "report_to", "head_learning_rate",
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    data = parser.add_argument_group("data", "csv, json, jsonl or parquet files with named columns")
+    data.add_argument(
+        "--source", metavar="[NAME=]FILE", action="append", required=True,
+        help="rows to learn from; may be repeated (default name: the file's, without its ending)",
+    )  # fmt: skip
+    data.add_argument("--target", metavar="FILE", required=True, help="rows of the target; shots are drawn from them")
+    data.add_argument("--test", metavar="FILE", help="rows to judge on (default: the target's rows that are no shots)")
+    data.add_argument("--shots", type=_shots, default=16, metavar="N|all", help="target rows per label (default: 16)")
+    data.add_argument("--test-rows", type=whole(1), metavar="N", help="draw at most this many test rows")
+    task = parser.add_argument_group("task")
+    task.add_argument(
+        "--template", metavar="TEXT", required=True, help=r"text of a row, such as 'Review: {text}\nIt is'"
+    )
+    task.add_argument(
+        "--verbalizer", "--label-words", metavar="WORDS", required=True,
+        help="label=word pairs, 'positive= good,negative= bad', or a .json file",
+    )  # fmt: skip
+    task.add_argument("--label-column", default="label", metavar="NAME", help="column of the label (default: label)")
+    task.add_argument("--source-template", metavar="TEXT", help="of the sources, where it differs")
+    task.add_argument("--source-verbalizer", metavar="WORDS", help="of the sources, where it differs")
+    cleaning = parser.add_argument_group("cleaning", "missing values and duplicates are always dropped and reported")
+    cleaning.add_argument(
+        "--normalization", type=choice("NFC", "NFKC", "none"), default="NFC", metavar="FORM",
+        help="NFC, NFKC (also full-width forms to plain ones) or none (default: NFC)",
+    )  # fmt: skip
+    cleaning.add_argument("--max-characters", type=whole(1), metavar="N", help="longest text (default: no cap)")
+    cleaning.add_argument(
+        "--too-long", type=choice("drop", "cut"), default="drop", metavar="NAME", help="drop or cut (default: drop)"
+    )
+    cleaning.add_argument(
+        "--balance", action="store_true", help="draw as many source rows of each label as the rarest has"
+    )
+    prompt = parser.add_argument_group("prompt and strategy")
+    prompt.add_argument(
+        "--method", type=choice(*METHODS), default="soft", metavar="NAME",
+        help="soft: virtual tokens before the text; prefix: keys and values in every layer (default: soft)",
+    )  # fmt: skip
+    prompt.add_argument("--num-virtual-tokens", type=whole(1), default=20, metavar="N", help="length (default: 20)")
+    prompt.add_argument(
+        "--source-steps", type=whole(1), default=200, metavar="N", help="optimiser steps on a source (default: 200)"
+    )
+    prompt.add_argument(
+        "--source-learning-rate", type=number, metavar="X", help="on a source (default: the method's own)"
+    )
+    prompt.add_argument(
+        "--combine", default="best", metavar="NAME",
+        help="start from the best source, or the mean, weighted or task_vectors of several (default: best)",
+    )  # fmt: skip
+    prompt.add_argument("--top-k", type=whole(1), default=1, metavar="N", help="sources that are combined (default: 1)")
+    prompt.add_argument(
+        "--measure", default="shot_loss", metavar="NAME",
+        help="shot_loss, mean_token_cosine, token_cosine or task_vector_cosine (default: shot_loss)",
+    )  # fmt: skip
+    prompt.add_argument("--joint", type=number, metavar="A", help="train on a*source + (1-a)*target with this a")
+    prompt.add_argument(
+        "--joint-schedule", default="constant", metavar="NAME",
+        help="constant, or linear or cosine from a to 0 (default: constant)",
+    )  # fmt: skip
+    prompt.add_argument("--anchor", type=number, metavar="W", help="stay near the start, with this weight")
+    prompt.add_argument("--distill", type=number, metavar="W", help="keep the start's logits, with this weight")
+    prompt.add_argument("--folds", type=whole(2), default=4, metavar="N", help="of the guard (default: 4)")
+    prompt.add_argument(
+        "--scratch-rates", default="1,0.3", metavar="X,X",
+        help="learning rates of scratch, times the method's own; the best counts (default: 1,0.3)",
+    )  # fmt: skip
+    prompt.add_argument("--no-control", action="store_true", help="leave out the control with shuffled source labels")
+    add_model_arguments(parser, "the embedded one")
+    run = parser.add_argument_group("run")
+    run.add_argument("--output", metavar="DIR", required=True, help="new folder for all results")
+    run.add_argument("--resume", action="store_true", help="go on with the run in --output")
+    add_config_arguments(parser, _SET_HERE)
+
+
+def run(args: argparse.Namespace) -> Outcome:
+    from ptengine.commands.loading import load_model, load_tokenizer, pick_device
+    from ptengine.commands.recipe import Recipe, model_fingerprint
+    from ptengine.training import TrainingConfig
+    from ptengine.transfer.flow import run_flow
+    from ptengine.transfer.flow_report import flow_report
+    from ptengine.transfer.report import write_report
+
+    output = Path(args.output)
+    if not args.resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(
+            f"expected --output, a new or empty folder, got {str(output)!r}, which is "
+            f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
+        )
+    options = {"max_steps": STEPS, "logging_steps": 50, "disable_tqdm": True, **config_options(args)}
+    if options["max_steps"] < 1:
+        raise InputError(f"expected --max-steps of at least 1, got {options['max_steps']}")
+    training = TrainingConfig(output_dir=args.output, **options)
+    settings = _settings(args, training.seed)
+    task = _task(args.template, args.verbalizer, args.label_column)
+    source_task = _task(
+        args.source_template or args.template, args.source_verbalizer or args.verbalizer, args.label_column
+    )
+    sources = _sources(args.source)
+    device, dtype = pick_device(args.device), args.dtype or "float32"
+    tokenizer, model = load_tokenizer(args.tokenizer, args.model), load_model(args.model, device, dtype)
+    result = run_flow(
+        model, tokenizer, sources=sources, target=args.target, test=args.test, task=task, source_task=source_task,
+        settings=settings, training=training, say=lambda text: print(text, file=sys.stderr),
+    )  # fmt: skip
+    Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task)).write(output)
+    report = flow_report(result, task, _stem(args.target))
+    paths = write_report(output, report)
+    data = {
+        "command": "transfer",
+        "output": args.output,
+        "prompt": str(output / "prompt"),
+        "report": {name: str(path) for name, path in paths.items()},
+        **report.data,
+    }
+    return Outcome(data, tuple(_shown(args.output, report, paths)))
+
+
+def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
+    from ptengine.transfer.cleaning import Cleaning
+    from ptengine.transfer.flow import FlowSettings
+    from ptengine.transfer.strategies import Anchor, Distill, Guard, Initialize, Joint, Strategy
+
+    try:
+        rates = tuple(float(rate) for rate in args.scratch_rates.split(","))
+    except ValueError:
+        raise InputError(f"expected --scratch-rates as numbers with commas, got {args.scratch_rates!r}") from None
+    if args.joint is None and args.joint_schedule != "constant":
+        raise InputError(f"expected --joint with --joint-schedule, got --joint-schedule {args.joint_schedule} alone")
+    return FlowSettings(
+        method=METHODS[args.method],
+        num_virtual_tokens=args.num_virtual_tokens,
+        init=INITS[args.method],
+        shots=args.shots,
+        test_rows=args.test_rows,
+        source_steps=args.source_steps,
+        source_learning_rate=args.source_learning_rate,
+        control=not args.no_control,
+        cleaning=Cleaning(
+            normalization=args.normalization,
+            max_characters=args.max_characters,
+            too_long=args.too_long,
+            balance="downsample" if args.balance else "none",
+            seed=seed,
+        ),
+        strategy=Strategy(
+            Initialize(args.combine, args.top_k, args.measure),
+            joint=None if args.joint is None else Joint(args.joint, args.joint_schedule),
+            anchor=None if args.anchor is None else Anchor(args.anchor),
+            distill=None if args.distill is None else Distill(args.distill),
+        ),
+        guard=Guard(folds=args.folds, scratch_rates=rates, scratch_init=INITS[args.method]),
+    )
+
+
+def _task(template: str, words: str, label_column: str) -> ClassificationTask:
+    from ptengine.data import ClassificationTask, Template, Verbalizer
+
+    return ClassificationTask(Template(unescape(template)), Verbalizer(read_label_words(words)), label_column)
+
+
+def _sources(given: list[str]) -> dict[str, str]:
+    """Name to file; a name is what stands before ``=``, or the file's own without its ending."""
+    sources: dict[str, str] = {}
+    for entry in given:
+        name, equals, path = entry.partition("=")
+        if not equals or Path(entry).exists():
+            name, path = _stem(entry), entry
+        if not re.fullmatch(r"\w[\w.-]{0,79}", name):
+            raise InputError(
+                f"expected --source NAME=FILE with a name of letters, digits, '_', '-' or '.', got the name {name!r}"
+            )
+        if name in sources:
+            raise InputError(f"expected --source files of different names (NAME=FILE gives one), got {name!r} twice")
+        sources[name] = path
+    return sources
+
+
+def _shots(text: str) -> int | None:
+    return None if text == "all" else whole(1)(text)
+
+
+def _stem(path: str) -> str:
+    return Path(path).stem
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).resolve())
+
+
+def _shown(output: str, report: Any, paths: dict[str, Path]) -> list[Any]:
+    from rich.table import Table
+
+    scores = report.tables[0]
+    table = Table(title=scores.title)
+    for index, column in enumerate(scores.columns):
+        table.add_column(column, justify="right" if index else "left")
+    for row in scores.rows:
+        table.add_row(*("" if cell is None else f"{cell:.4f}" if isinstance(cell, float) else cell for cell in row))
+    return [
+        *report.summary,
+        table,
+        f"prompt in {output}/prompt, report in {paths['html']} (also report.md and report.json)",
+        f"next: ptengine eval --prompt {output} --data FILE",
+    ]

@@ -1,0 +1,43 @@
+"""Transfer: what a prompt learned on one task put to use on the next, and an honest word on whether it helped.
+
+1. `PromptBank` keeps tuned prompts with cards, and finds those that may help a target.
+2. `transfer` starts a target's prompt from them, trains it by a `Strategy`, and by a `Guard` keeps it only where
+   held-out shots say that it helped.
+3. `transfer_measures` says how much a transfer was worth, with paired intervals.
+"""
+
+from ptengine.transfer.bank import BankEntry, Match, PromptBank, Search
+from ptengine.transfer.cards import DataFacts, PromptCard
+from ptengine.transfer.guard import Decision
+from ptengine.transfer.identity import BackboneIdentity, identify
+from ptengine.transfer.measures import Interval, paired_interval, steps_to_reach, transfer_measures
+from ptengine.transfer.run import TransferResult, transfer
+from ptengine.transfer.similarity import mean_token_cosine, task_vector_cosine, token_cosine
+from ptengine.transfer.strategies import Anchor, Distill, Guard, Initialize, Joint, Strategy
+
+__all__ = [
+    "Anchor",
+    "BackboneIdentity",
+    "BankEntry",
+    "DataFacts",
+    "Decision",
+    "Distill",
+    "Guard",
+    "Initialize",
+    "Interval",
+    "Joint",
+    "Match",
+    "PromptBank",
+    "PromptCard",
+    "Search",
+    "Strategy",
+    "TransferResult",
+    "identify",
+    "mean_token_cosine",
+    "paired_interval",
+    "steps_to_reach",
+    "task_vector_cosine",
+    "token_cosine",
+    "transfer",
+    "transfer_measures",
+]

@@ -1,0 +1,102 @@
+"""Prompts as vectors: averages and task-vector sums of what was trained.
+
+Works on folded prompts of one method, shape and backbone, number by number in fp64. Knows no bank and no training.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
+from ptengine.prompts.registry import create, prompt_class
+
+__all__ = ["add_task_vectors", "start_from", "weighted_mean"]
+
+
+def weighted_mean(prompts: Sequence[Prompt], weights: Sequence[float] | None = None) -> Prompt:
+    """The mean of prompts, weighted by `weights` over their sum, plain without them; a new folded prompt.
+
+    Raises:
+        InputError: no prompts, prompts of different forms, or weights that are negative or add up to zero.
+    """
+    folded = _same_form(prompts)
+    shares = _shares(len(folded), weights)
+    states = [prompt.state_dict() for prompt in folded]
+    return _filled(folded[0], {name: _sum(shares, [state[name] for state in states]) for name in states[0]})
+
+
+def add_task_vectors(
+    prompts: Sequence[Prompt], initial: Prompt, weights: Sequence[float] | None = None, scale: float = 1.0
+) -> Prompt:
+    """P0 + scale * (weighted mean of P_s - P0); with one prompt and scale 1 that prompt, up to rounding.
+
+    Args:
+        prompts: trained from `initial`.
+        initial: P0.
+        weights: as in `weighted_mean`.
+        scale: of what is added.
+
+    Raises:
+        InputError: as `weighted_mean`; `initial` has another form.
+    """
+    folded = _same_form([*prompts, initial])
+    start, moved = folded[-1].state_dict(), [prompt.state_dict() for prompt in folded[:-1]]
+    shares = _shares(len(moved), weights)
+    numbers = {}
+    for name, origin in start.items():
+        vector = _sum(shares, [state[name].double() - origin.double() for state in moved])
+        numbers[name] = origin.double() + scale * vector
+    return _filled(folded[-1], numbers)
+
+
+def start_from(model: Any, prompt: Prompt) -> Prompt:
+    """A new trainable prompt on `model` with the numbers of `prompt` and the learning rate of a transferred one.
+
+    Raises:
+        InputError: prompts of this method cannot start from another.
+    """
+    folded = prompt.fold()
+    if "prompt" not in inspect.signature(prompt_class(folded.method)).parameters:
+        raise InputError(f"expected a prompt method that can start from another prompt, got {folded.method!r}")
+    return create(folded.method, model, init="prompt", prompt=folded)
+
+
+def _same_form(prompts: Sequence[Prompt]) -> list[Prompt]:
+    if not prompts:
+        raise InputError("expected at least one prompt to combine, got none")
+    folded = [prompt.fold() for prompt in prompts]
+    forms = [
+        (prompt.method, {name: list(tensor.shape) for name, tensor in prompt.state_dict().items()}) for prompt in folded
+    ]
+    for prompt, form in zip(folded, forms, strict=True):
+        folded[0].facts.require_same(prompt.facts, "the first prompt to combine")
+        if form != forms[0]:
+            raise InputError(f"expected prompts of one method and shape to combine, got {forms[0]} and {form}")
+    return folded
+
+
+def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
+    values = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(values) != count or not all(math.isfinite(v) and v >= 0 for v in values) or sum(values) == 0:
+        raise InputError(f"expected {count} weights of at least 0 that do not add up to 0, got {values}")
+    return [value / math.fsum(values) for value in values]
+
+
+def _sum(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    total = torch.zeros_like(tensors[0], dtype=torch.float64)
+    for share, tensor in zip(shares, tensors, strict=True):
+        total += share * tensor.double()
+    return total
+
+
+def _filled(like: Prompt, numbers: dict[str, Tensor]) -> Prompt:
+    prompt = like.fold()
+    prompt.load_state_dict({name: tensor.float() for name, tensor in numbers.items()})
+    return prompt

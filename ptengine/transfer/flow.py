@@ -1,0 +1,342 @@
+"""The whole way from files to a report: clean, tune the sources, bank them, transfer, check, judge on a test set.
+
+    output/clean/*.jsonl        the rows that are left, with cleaning.json
+    output/sources/<name>/      the runs on the sources
+    output/bank/                their prompts
+    output/target/              everything of `ptengine.transfer.transfer`
+    output/control/             the same from sources with shuffled labels, where asked for
+    output/prompt/              the prompt that is kept
+    output/report.*             what came out
+
+Every stage goes on where it stopped when the flow is called again with equal settings. Knows the stages; nothing of
+command lines.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ptengine.backbone.spec import backbone_spec
+from ptengine.data import ClassificationTask
+from ptengine.data.serialization import task_to_json
+from ptengine.errors import InputError
+from ptengine.files import json_bytes, make_directory, write_together
+from ptengine.prompts.base import Prompt
+from ptengine.prompts.registry import create
+from ptengine.training import Trainer, TrainingConfig
+from ptengine.training.preparation import DataSource, encode, room_for_text
+from ptengine.transfer.bank import PromptBank
+from ptengine.transfer.cleaning import Cleaned, Cleaning, CleaningReport, clean
+from ptengine.transfer.evaluation import Judged, baselines, judge
+from ptengine.transfer.guard import SCRATCH, folds
+from ptengine.transfer.run import TransferResult, transfer
+from ptengine.transfer.strategies import Guard, Strategy
+
+__all__ = ["FlowResult", "FlowSettings", "run_flow"]
+
+Rows = list[dict[str, Any]]
+
+CONTROL = "shuffled source"
+FROZEN = "frozen model"
+CURVE_ROWS = 100
+"""Test rows of the learning curves, which decide nothing."""
+
+_HELD_SHARE, _MOST_HELD = 0.2, 200
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """Attributes:
+    method, num_virtual_tokens, init: of every prompt; `init` one that needs no further arguments.
+    shots: rows per label of the target to train on; None for all.
+    test_rows: at most this many test rows, drawn by the seed; None for all.
+    source_steps: optimiser steps on each source; its best evaluation on a fifth of its rows counts.
+    source_learning_rate: None for the method's own.
+    control: also transfer from sources that were trained on shuffled labels.
+    cleaning: of all files; its `per_label` is for the sources.
+    strategy, guard: of the transfer.
+    """
+
+    method: str = "soft_prompt"
+    num_virtual_tokens: int = 20
+    init: str = "random"
+    shots: int | None = 16
+    test_rows: int | None = None
+    source_steps: int = 200
+    source_learning_rate: float | None = None
+    control: bool = True
+    cleaning: Cleaning = field(default_factory=Cleaning)
+    strategy: Strategy = field(default_factory=Strategy)
+    guard: Guard = field(default_factory=Guard)
+
+    def __post_init__(self) -> None:
+        for name in ("num_virtual_tokens", "shots", "test_rows", "source_steps"):
+            value = getattr(self, name)
+            optional = name in ("shots", "test_rows")
+            if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
+                continue
+            raise InputError(f"expected {name}, a whole number of at least 1, got {value!r}")
+
+
+@dataclass(frozen=True)
+class FlowResult:
+    """Attributes:
+    transfer: what `ptengine.transfer.transfer` found.
+    test: name to judgement on the test rows: the frozen model, scratch, source, transferred, and the control if any.
+    sources: source to judgement of its untouched prompt on the test rows.
+    baselines: name to accuracy of what needs no language model, trained on the shots.
+    cleaning: file by file.
+    curves: name to (optimiser step, accuracy on the first test rows).
+    """
+
+    transfer: TransferResult
+    test: Mapping[str, Judged]
+    sources: Mapping[str, Judged]
+    baselines: Mapping[str, float]
+    cleaning: Sequence[CleaningReport]
+    curves: Mapping[str, Sequence[tuple[int, float]]]
+
+
+def run_flow(
+    model: Any,
+    tokenizer: Any,
+    *,
+    sources: Mapping[str, DataSource],
+    target: DataSource,
+    test: DataSource | None,
+    task: ClassificationTask,
+    source_task: ClassificationTask | None = None,
+    settings: FlowSettings,
+    training: TrainingConfig,
+    say: Callable[[str], None] = lambda _: None,
+) -> FlowResult:
+    """Run every stage, going on with those that `training.output_dir` already holds.
+
+    Args:
+        model, tokenizer: the frozen causal backbone.
+        sources: name to rows; every source gets a prompt of its own.
+        target: the target's rows.
+        test: rows to judge on; None takes those of `target` that are not among the shots.
+        task: the target's; also the sources' without `source_task`.
+        settings: of the stages.
+        training: of the runs on the target and, but for steps and rate, on the sources. Evaluation is set here.
+        say: told of each stage.
+
+    Raises:
+        InputError: as the stages; no rows are left to test on; a stage was run with other settings.
+    """
+    source_task = source_task or task
+    output = Path(training.output_dir)
+    say("cleaning")
+    data = _prepared(sources, target, test, task, source_task, settings, training.seed)
+    work = _Work(model, tokenizer, task, source_task, settings, training)
+    work.check(data)
+    make_directory(output / "clean")
+    write_together(output / "clean", _files(data))
+    curve: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
+    bank = PromptBank(output / "bank")
+    for name, rows in data.sources.items():
+        say(f"source {name}: tuning a {settings.method} on {len(rows)} rows")
+        work.bank(bank, name, rows, output / "sources" / name)
+    say(f"target: transfer and scratch on {len(data.shots)} shots, checked on {settings.guard.folds} held-back parts")
+    moved = transfer(
+        model, tokenizer, task=task, shots=data.shots, bank=bank, strategy=settings.strategy, guard=settings.guard,
+        training=replace(training, output_dir=str(output / "target"), **curve), eval_data=data.test[:CURVE_ROWS],
+        source_task=source_task, source_data=_joined(data.sources), resume=True,
+    )  # fmt: skip
+    prompts: dict[str, Prompt | None] = {FROZEN: None, **moved.candidates}
+    if settings.control:
+        say("control: the same from sources with shuffled labels")
+        prompts[CONTROL] = work.control(data, moved, output / "control")
+    say(f"judging on {len(data.test)} test rows")
+    judged = {
+        name: judge(model, tokenizer, task, data.test, prompt, **work.lengths()) for name, prompt in prompts.items()
+    }
+    zero_shot = {
+        entry.name: judge(model, tokenizer, task, data.test, entry.load(model, tokenizer), **work.lengths())
+        for entry in bank.list()
+        if entry.name in sources
+    }
+    moved.prompt.save(output / "prompt")
+    return FlowResult(
+        transfer=moved,
+        test=judged,
+        sources=zero_shot,
+        baselines=baselines(data.shots, data.test, task),
+        cleaning=data.reports,
+        curves={
+            name: [(int(entry["step"]), entry["accuracy"]) for entry in run.evaluations]
+            for name, run in moved.runs.items()
+        },
+    )
+
+
+@dataclass(frozen=True)
+class _Data:
+    sources: dict[str, Rows]
+    shots: Rows
+    test: Rows
+    reports: list[CleaningReport]
+
+
+def _prepared(
+    sources: Mapping[str, DataSource],
+    target: DataSource,
+    test: DataSource | None,
+    task: ClassificationTask,
+    source_task: ClassificationTask,
+    settings: FlowSettings,
+    seed: int,
+) -> _Data:
+    """Clean rows of every file, the test's texts in no other; labels that the task does not know are an error."""
+    if not sources:
+        raise InputError("expected at least one source to transfer from, got none")
+    plain = replace(settings.cleaning, per_label=None, balance="none")
+
+    def cleaned(data: DataSource, of: ClassificationTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
+        return clean(
+            data,
+            text_columns=of.template.columns,
+            label_column=of.label_column,
+            settings=how,
+            apart_from=apart,
+            name=name,
+        )
+
+    reports: list[CleaningReport] = []
+    drawn = replace(plain, per_label=settings.shots, seed=seed)
+    if test is not None:
+        held = cleaned(test, task, plain, [], "test")
+        shots = cleaned(target, task, drawn, held.rows, "target")
+        reports += [shots.report, held.report]
+        judged = held.rows
+    else:
+        whole = cleaned(target, task, plain, [], "target")
+        shots = cleaned(whole.rows, task, drawn, [], "target shots")
+        taken = {tuple(row.items()) for row in shots.rows}
+        judged = [row for row in whole.rows if tuple(row.items()) not in taken]
+        reports += [whole.report, shots.report]
+        if not judged:
+            raise InputError("expected a test file, or more target rows than shots to test on, got neither")
+    if settings.test_rows is not None and len(judged) > settings.test_rows:
+        judged = random.Random(seed).sample(judged, settings.test_rows)
+    apart = [*judged, *shots.rows] if task.template.columns == source_task.template.columns else []
+    ready: dict[str, Rows] = {}
+    for name, data in sources.items():
+        found = cleaned(data, source_task, settings.cleaning, apart, name)
+        reports.append(found.report)
+        ready[name] = found.rows
+    return _Data(ready, shots.rows, judged, reports)
+
+
+@dataclass(frozen=True)
+class _Work:
+    model: Any
+    tokenizer: Any
+    task: ClassificationTask
+    source_task: ClassificationTask
+    settings: FlowSettings
+    training: TrainingConfig
+
+    def check(self, data: _Data) -> None:
+        """Meet what later stages would refuse before the first of them: labels, lengths, folds, sources to combine."""
+        wanted = self.settings.strategy.initialize.top_k
+        if wanted > len(data.sources):
+            raise InputError(f"expected at least top_k={wanted} sources to combine, got {len(data.sources)}")
+        labels = [str(row[self.task.label_column]) for row in data.shots]
+        folds(labels, len(labels), self.settings.guard.folds, self.training.seed)
+        fresh = self.fresh()
+        room = room_for_text(backbone_spec(self.model), fresh, self.training.max_length)
+        named = [(self.task, "shots", data.shots), (self.task, "test", data.test)]
+        named += [(self.source_task, f"source {name}", rows) for name, rows in data.sources.items()]
+        for task, name, rows in named:
+            encode(task, rows, self.tokenizer, fresh, room, self.training.truncation, f"{name} after cleaning")
+
+    def bank(self, bank: PromptBank, name: str, rows: Rows, folder: Path) -> None:
+        """Tune a prompt on one source and bank it with its first numbers."""
+        held_count = min(int(len(rows) * _HELD_SHARE), _MOST_HELD)
+        if held_count < 1:
+            raise InputError(f"expected at least {round(1 / _HELD_SHARE)} rows of source {name!r}, got {len(rows)}")
+        order = random.Random(self.training.seed).sample(rows, len(rows))
+        held, train = order[:held_count], order[held_count:]
+        first, prompt = self.fresh(), self.fresh()
+        config = replace(
+            self.training, output_dir=str(folder), max_steps=self.settings.source_steps,
+            learning_rate=self.settings.source_learning_rate, eval_strategy="steps",
+            eval_steps=max(self.settings.source_steps // 5, 1), load_best_model_at_end=True,
+        )  # fmt: skip
+        make_directory(folder)
+        result = Trainer(self.model, prompt, train, held, config, task=self.source_task, tokenizer=self.tokenizer).fit(
+            resume=True
+        )
+        bank.add(
+            name, prompt, model=self.model, tokenizer=self.tokenizer, task=self.source_task, data=train,
+            metrics=result.metrics, initial=first, replace=True,
+        )  # fmt: skip
+
+    def fresh(self) -> Prompt:
+        settings = self.settings
+        options: dict[str, Any] = {"tokenizer": self.tokenizer} if settings.init == "sampled_vocab" else {}
+        return create(
+            settings.method, self.model, num_virtual_tokens=settings.num_virtual_tokens, init=settings.init,
+            seed=self.training.seed, **options,
+        )  # fmt: skip
+
+    def control(self, data: _Data, moved: TransferResult, folder: Path) -> Prompt:
+        """The transferred prompt from the selected sources, trained on shuffled labels: gains it shares are no
+        knowledge of the source's labels."""
+        bank = PromptBank(folder / "bank")
+        shuffled = {
+            name: _shuffled(data.sources[name], self.source_task, self.training.seed) for name in moved.selected
+        }
+        for name, rows in shuffled.items():
+            self.bank(bank, name, rows, folder / "sources" / name)
+        return transfer(
+            self.model, self.tokenizer, task=self.task, shots=data.shots, bank=bank, strategy=self.settings.strategy,
+            training=replace(self.training, output_dir=str(folder / "target")), source_task=self.source_task,
+            source_data=_joined(shuffled), resume=True,
+        ).prompt  # fmt: skip
+
+    def lengths(self) -> dict[str, Any]:
+        config = self.training
+        return {
+            "batch_size": config.per_device_eval_batch_size,
+            "max_length": config.max_length,
+            "truncation": config.truncation,
+            "bf16": config.bf16,
+        }
+
+
+def _shuffled(rows: Rows, task: ClassificationTask, seed: int) -> Rows:
+    labels = [row[task.label_column] for row in rows]
+    random.Random(seed).shuffle(labels)
+    return [row | {task.label_column: label} for row, label in zip(rows, labels, strict=True)]
+
+
+def _joined(sources: Mapping[str, Rows]) -> Rows:
+    return [row for rows in sources.values() for row in rows]
+
+
+def _files(data: _Data) -> dict[str, bytes]:
+    named = {"shots": data.shots, "test": data.test, **{f"source-{name}": rows for name, rows in data.sources.items()}}
+    files = {f"{name}.jsonl": b"".join(json_bytes(row, indent=None) for row in rows) for name, rows in named.items()}
+    return files | {"cleaning.json": json_bytes([report.to_json() for report in data.reports])}
+
+
+def described(result: FlowResult, task: ClassificationTask) -> dict[str, Any]:
+    """Json values of everything the flow found."""
+    return {
+        "task": task_to_json(task),
+        "transfer": result.transfer.to_json(),
+        "test": {name: judged.to_json() for name, judged in result.test.items()},
+        "sources": {name: judged.to_json() for name, judged in result.sources.items()},
+        "baselines": dict(result.baselines),
+        "cleaning": [report.to_json() for report in result.cleaning],
+        "curves": {name: [list(point) for point in points] for name, points in result.curves.items()},
+        "kept": result.transfer.chosen,
+        "scratch_loss": list(result.transfer.runs[SCRATCH].losses) if SCRATCH in result.transfer.runs else None,
+    }

@@ -1,0 +1,153 @@
+"""The guard: whether a transfer helped, by cross-validation on the target's shots, and what to keep.
+
+Knows rows, predictions and scores; how candidates are trained is the caller's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from sklearn.model_selection import KFold, StratifiedKFold
+
+from ptengine.errors import InputError
+from ptengine.training import EvalResult
+from ptengine.transfer.measures import Interval, paired_interval
+from ptengine.transfer.strategies import Guard
+
+__all__ = ["SCRATCH", "SOURCE", "TRANSFERRED", "Decision", "HeldOut", "decide", "folds"]
+
+SCRATCH, SOURCE, TRANSFERRED = "scratch", "source", "transferred"
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What one candidate did on all shots, each scored while it was held back.
+
+    Attributes:
+        loss: mean in nats.
+        correct: per shot, 1.0 where it was labelled right; None for tasks without labels.
+    """
+
+    loss: float
+    correct: tuple[float, ...] | None
+
+    @property
+    def score(self) -> float:
+        """Accuracy, or the loss with its sign turned: greater is better."""
+        return -self.loss if self.correct is None else float(np.mean(self.correct))
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Attributes:
+    chosen: the candidate to keep: ``"transferred"``, ``"source"`` (the start untouched) or ``"scratch"``.
+    scratch: which of the scratch candidates counted as scratch.
+    reason: a sentence for people.
+    metric: what the scores are: ``"accuracy"`` or ``"negative loss"``.
+    scores: candidate to score over all held-out shots, greater is better.
+    losses: candidate to loss.
+    gain: transferred over scratch, paired by shot; None for tasks without labels.
+    negative_transfer: whether scratch scored better than transferred.
+    """
+
+    chosen: str
+    scratch: str
+    reason: str
+    metric: str
+    scores: Mapping[str, float]
+    losses: Mapping[str, float]
+    gain: Interval | None
+    negative_transfer: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "scores": dict(self.scores), "losses": dict(self.losses)}
+
+
+def folds(labels: Sequence[str] | None, count: int, parts: int, seed: int) -> list[tuple[list[int], list[int]]]:
+    """`count` rows cut `parts` ways: (rows to train on, rows held back), stratified by `labels` where there are any.
+
+    Raises:
+        InputError: fewer rows, or fewer of a label, than parts.
+    """
+    if labels is None:
+        if count < parts:
+            raise InputError(f"expected at least {parts} target shots for {parts} folds, got {count}")
+        cut = KFold(parts, shuffle=True, random_state=seed).split(np.zeros(count))
+    else:
+        names, counts = np.unique(np.asarray(labels, dtype=object).astype(str), return_counts=True)
+        if counts.min() < parts:
+            rare = names[counts.argmin()]
+            raise InputError(
+                f"expected at least {parts} target shots of every label for {parts} folds, got {counts.min()} of "
+                f"{str(rare)!r}; take fewer folds, or no guard"
+            )
+        cut = StratifiedKFold(parts, shuffle=True, random_state=seed).split(np.zeros(count), labels)
+    return [(train.tolist(), held.tolist()) for train, held in cut]
+
+
+def pooled(parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None]]) -> HeldOut:
+    """One candidate's results on its held-back parts: (result, row numbers, gold labels) each, put in row order."""
+    total = sum(result.n for result, _, _ in parts)
+    loss = sum(result.metrics["loss"] * result.n for result, _, _ in parts) / total
+    correct: dict[int, float] = {}
+    for result, rows, gold in parts:
+        if gold is None:
+            return HeldOut(loss, None)
+        for row, said, label in zip(rows, result.predictions, gold, strict=True):
+            correct[row] = float(said == label)
+    return HeldOut(loss, tuple(correct[row] for row in sorted(correct)))
+
+
+def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
+    """What to keep of ``"transferred"``, ``"source"`` and the candidates whose names begin with ``"scratch"``.
+
+    The best scratch candidate stands for scratch. Another is accepted where it scores more than `min_gain` better, or,
+    with a gain of zero, as good at a lower loss; of those accepted the best score counts, then the lower loss, and at
+    last the transferred prompt.
+    """
+
+    def rank(name: str) -> tuple[float, float, bool]:
+        return candidates[name].score, -candidates[name].loss, name == TRANSFERRED
+
+    scratch = max((name for name in candidates if name.startswith(SCRATCH)), key=rank)
+    base = candidates[scratch]
+
+    def accepted(name: str) -> bool:
+        gain = candidates[name].score - base.score
+        as_good = settings.min_gain == 0 and gain == 0 and candidates[name].loss < base.loss
+        return gain > settings.min_gain or as_good
+
+    others = [name for name in (TRANSFERRED, SOURCE) if accepted(name)]
+    chosen = max(others, key=rank) if others else scratch
+    moved = candidates[TRANSFERRED]
+    gain = None
+    if moved.correct is not None and base.correct is not None:
+        gain = paired_interval([moved.correct, base.correct], lambda a, b, axis=-1: (a - b).mean(axis))
+    metric = "negative loss" if base.correct is None else "accuracy"
+    negative = rank(scratch)[:2] > rank(TRANSFERRED)[:2]
+    return Decision(
+        chosen=SCRATCH if chosen == scratch else chosen,
+        scratch=scratch,
+        reason=_reason(chosen, scratch, candidates, metric, settings),
+        metric=metric,
+        scores={name: held.score for name, held in candidates.items()},
+        losses={name: held.loss for name, held in candidates.items()},
+        gain=gain,
+        negative_transfer=negative,
+    )
+
+
+def _reason(chosen: str, scratch: str, candidates: Mapping[str, HeldOut], metric: str, settings: Guard) -> str:
+    named = {TRANSFERRED: "the transferred prompt", SOURCE: "the source prompt untouched", scratch: "scratch"}
+    said = ", ".join(
+        f"{words} {candidates[name].score:.3f} (loss {candidates[name].loss:.3f})" for name, words in named.items()
+    )
+    kept = f"{named[chosen]} is kept: {metric} on {settings.folds} held-back parts of the shots: {said}"
+    if chosen == TRANSFERRED:
+        return kept
+    if chosen == SOURCE:
+        return f"{kept}; tuning on the shots made the source prompt worse or not better"
+    return f"{kept}; no transfer was better than training from scratch"

@@ -1,0 +1,194 @@
+"""The loss of a transfer: target, source, anchor and distillation, as one `ptengine.training.step_loss.StepLoss`.
+
+Everything it reads beside the step's own rows is fixed when it is made: source rows come in an order that follows from
+the seed and the number of the step, so a resumed run goes on exactly. Knows prompts, objectives and encoded rows; no
+files and no optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ptengine.backbone import label_hidden
+from ptengine.backbone.lowering import LoweredPrompt, VirtualTokens
+from ptengine.backbone.packing import PackedBatch
+from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.backbone.step import vocabulary_logits
+from ptengine.data import ShuffledBatches, Task
+from ptengine.data.serialization import task_to_json
+from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
+from ptengine.training import TrainingConfig
+from ptengine.training.identity import fingerprint_rows
+from ptengine.training.objective import Objective, make_objective
+from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
+from ptengine.training.step_loss import LossPart, MicroBatch, StepInfo
+from ptengine.transfer.bank import weights_sha256
+from ptengine.transfer.strategies import Anchor, Distill, Joint, Strategy
+
+__all__ = ["TransferLoss"]
+
+
+class TransferLoss:
+    """The step's loss of `strategy`: a * L_source + (1 - a) * (L_target [+ distillation]) [+ anchor].
+
+    Args:
+        strategy: which terms; its `initialize` is not read.
+        model, tokenizer: the frozen causal backbone.
+        start: the prompt that `Anchor` and `Distill` refer to, and whose length the source rows must fit beside.
+        config: of the run; its batch sizes, seed, lengths and precision also hold for the source.
+        source_task, source_data: for `Joint`.
+
+    Raises:
+        InputError: source rows missing where `Joint` needs them, or whatever is wrong with them.
+    """
+
+    def __init__(
+        self,
+        strategy: Strategy,
+        *,
+        model: Any,
+        tokenizer: Any,
+        start: Prompt,
+        config: TrainingConfig,
+        source_task: Task | None = None,
+        source_data: DataSource | None = None,
+    ) -> None:
+        check_prompt(start, model)
+        spec = backbone_spec(model)
+        frozen = start.fold()
+        self._source: _Source | None = None
+        if strategy.joint is not None:
+            if source_task is None or source_data is None:
+                raise InputError("expected the source's task and rows to train on source and target, got none")
+            self._source = _Source(strategy.joint, model, spec, tokenizer, frozen, config, source_task, source_data)
+        self._anchor = None if strategy.anchor is None else _AnchorTerm(strategy.anchor, frozen)
+        self._distill = (
+            None if strategy.distill is None else _DistillTerm(strategy.distill, model, spec, frozen, config.bf16)
+        )
+
+    def identity(self) -> dict[str, Any]:
+        terms = {"joint": self._source, "anchor": self._anchor, "distill": self._distill}
+        return {name: term.identity() for name, term in terms.items() if term is not None}
+
+    def parts(
+        self, objective: Objective, prompt: Prompt | None, batches: Sequence[MicroBatch], info: StepInfo
+    ) -> Iterator[LossPart]:
+        assert prompt is not None  # the trainer has one: `start` was checked
+        share = 0.0 if self._source is None else self._source.settings.weight(info.step, info.total_steps)
+        first = True
+        if share < 1:
+            for part in batches:
+                if not first:
+                    info.check()
+                first = False
+                if self._distill is not None:
+                    loss = self._distill.loss(prompt, part.batch, info.label_smoothing)
+                else:
+                    loss = objective.loss(prompt, part.batch, info.label_smoothing)
+                yield LossPart(loss * (part.share * (1 - share)), part.rows, part.batch.num_tokens)
+        if self._source is not None and share > 0:
+            for batch, portion in self._source.batches(info.step):
+                if not first:
+                    info.check()
+                first = False
+                loss = self._source.objective.loss(prompt, batch, info.label_smoothing) * (portion * share)
+                yield LossPart(loss, (), batch.num_tokens)
+        if self._anchor is not None:
+            yield LossPart(self._anchor.loss(prompt), (), 0)
+
+
+class _Source:
+    """Rows of the source task, in the batches that a run on them alone would draw."""
+
+    def __init__(
+        self,
+        settings: Joint,
+        model: Any,
+        spec: BackboneSpec,
+        tokenizer: Any,
+        prompt: Prompt,
+        config: TrainingConfig,
+        task: Task,
+        data: DataSource,
+    ) -> None:
+        self.settings = settings
+        self.objective = make_objective(task, model, spec, tokenizer, config.bf16)
+        self._task = task
+        room = room_for_text(spec, prompt, config.max_length)
+        self._rows = encode(task, data, tokenizer, prompt, room, config.truncation, "source").rows
+        self._order = ShuffledBatches(len(self._rows), config.per_device_train_batch_size, config.seed)
+        self._accumulation = config.gradient_accumulation_steps
+
+    def identity(self) -> dict[str, Any]:
+        return {**asdict(self.settings), "task": task_to_json(self._task), "rows": fingerprint_rows(self._rows)}
+
+    def batches(self, step: int) -> list[tuple[PackedBatch, float]]:
+        """The micro-batches of one step, each with its share of the step's labels."""
+        per_epoch = self._order.batches_per_epoch
+        epoch, group = divmod(step, -(-per_epoch // self._accumulation))
+        begin = group * self._accumulation
+        self._order.load_state_dict(self._order.state_dict() | {"epoch": epoch, "batch_index": begin})
+        drawn = [next(self._order).rows for _ in range(min(self._accumulation, per_epoch - begin))]
+        batches = [self.objective.collate([self._rows[i] for i in rows]) for rows in drawn]
+        counts = [self.objective.count_labels(batch) for batch in batches]
+        return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
+
+
+class _AnchorTerm:
+    def __init__(self, settings: Anchor, start: Prompt) -> None:
+        self._settings = settings
+        self._start = [tensor.detach() for tensor in _numbers(start.lower())]
+        self._sha256 = weights_sha256(start)
+        self._square = sum(float(tensor.double().square().sum()) for tensor in self._start)
+        if self._square == 0:
+            raise InputError("expected a start other than all zeros to stay near, got one")
+
+    def identity(self) -> dict[str, Any]:
+        return {**asdict(self._settings), "start": self._sha256}
+
+    def loss(self, prompt: Prompt) -> Tensor:
+        now = _numbers(prompt.lower())
+        moved = [(a - b.to(a.device)).square().sum() for a, b in zip(now, self._start, strict=True)]
+        return torch.stack(moved).sum() * (self._settings.weight / self._square)
+
+
+class _DistillTerm:
+    def __init__(self, settings: Distill, model: Any, spec: BackboneSpec, start: Prompt, bf16: bool) -> None:
+        if spec.kind != "causal" or spec.lm_head is None:
+            raise InputError(f"expected a causal model with an LM head to distil, got {type(model).__name__}")
+        self._settings = settings
+        self._model = model
+        self._spec = spec
+        self._bf16 = bf16
+        device = spec.word_embeddings.weight.device
+        with torch.no_grad():
+            self._teacher = start.to(device).lower()
+        self._sha256 = weights_sha256(start)
+
+    def identity(self) -> dict[str, Any]:
+        return {**asdict(self._settings), "teacher": self._sha256}
+
+    def loss(self, prompt: Prompt, batch: PackedBatch, label_smoothing: float) -> Tensor:
+        """Cross-entropy and distillation of one micro-batch from one forward of each prompt."""
+        logits, labels = self._logits(prompt.lower(), batch)  # [n, V], [n]
+        with torch.no_grad():
+            wanted, _ = self._logits(self._teacher, batch)  # [n, V]
+        task = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        return task + self._settings.weight * F.mse_loss(logits, wanted)
+
+    def _logits(self, lowered: LoweredPrompt, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        device = self._spec.word_embeddings.weight.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
+            found = label_hidden(self._model, lowered, batch)
+            return vocabulary_logits(self._spec, found.hidden).float(), found.labels
+
+
+def _numbers(lowered: LoweredPrompt) -> list[Tensor]:
+    return [lowered.embeds] if isinstance(lowered, VirtualTokens) else [lowered.keys, lowered.values]

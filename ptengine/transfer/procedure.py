@@ -1,0 +1,224 @@
+"""One pass of a transfer on given shots: scratch, search, start, transferred.
+
+The guard runs it on parts of the shots, and at last it runs on all of them; each pass in a folder of its own, whose
+runs go on where they stopped. Knows banks, strategies and the trainer; nothing of what is decided.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ptengine.data import Task
+from ptengine.data.serialization import task_to_json
+from ptengine.errors import InputError
+from ptengine.files import make_directory
+from ptengine.prompts.base import Prompt
+from ptengine.prompts.registry import create
+from ptengine.training import EvalResult, Trainer, TrainingConfig, TrainingResult, evaluate
+from ptengine.training.identity import FREE_SETTINGS
+from ptengine.training.preparation import DataSource
+from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
+from ptengine.transfer.bank import BankEntry, PromptBank, Search, weights_sha256
+from ptengine.transfer.cards import data_facts
+from ptengine.transfer.guard import SCRATCH, SOURCE, TRANSFERRED
+from ptengine.transfer.identity import identify
+from ptengine.transfer.losses import TransferLoss
+from ptengine.transfer.strategies import Guard, Strategy
+
+__all__ = ["Procedure", "Rows", "Trained", "scratch_rate"]
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """One pass of the procedure: every candidate, by name."""
+
+    prompts: dict[str, Prompt]
+    runs: dict[str, TrainingResult]
+    search: Search
+    selected: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """What every pass shares; attributes as the arguments of `ptengine.transfer.transfer`."""
+
+    model: Any
+    tokenizer: Any
+    task: Task
+    bank: PromptBank
+    training: TrainingConfig
+    strategy: Strategy
+    guard: Guard | None
+    source_task: Task | None
+    source_data: DataSource | None
+    exclude: tuple[str, ...]
+
+    def check(self, rows: Rows, eval_data: DataSource | None) -> None:
+        """Meet the errors of settings, bank and data before the first step."""
+        entries = self.usable()
+        wanted = self.strategy.initialize
+        if wanted.top_k > len(entries):
+            raise InputError(
+                f"expected at least top_k={wanted.top_k} prompts to combine in the bank, got {len(entries)}"
+            )
+        if "task_vector" in wanted.measure + wanted.combine:
+            starts = {entry.name: entry.card.initial_sha256 for entry in entries}
+            if None in starts.values() or len(set(starts.values())) > 1:
+                raise InputError(
+                    f"expected prompts with one initial prompt P0 for task vectors, got {starts} (name: its sha256)"
+                )
+        start = start_from(self.model, entries[0].load(self.model, self.tokenizer))
+        self.loss(start)
+        self.trainer(start, rows, self.training.output_dir, None, eval_data, None)
+        if self.guard is not None:
+            self.fresh()
+
+    def usable(self) -> list[BankEntry]:
+        """The bank's entries of this backbone, all of one method and length, so that scratch can be like them."""
+        present = identify(self.model, self.tokenizer)
+        entries = [entry for entry in self.bank.list() if entry.name not in self.exclude]
+        reasons = {entry.name: entry.card.backbone.difference(present) for entry in entries}
+        good = [entry for entry in entries if reasons[entry.name] is None]
+        if not good:
+            raise InputError(
+                f"expected a bank with prompts of this backbone and tokenizer, got {str(self.bank.path)!r} with "
+                f"{reasons or 'none'}"
+            )
+        forms = {(entry.card.method, entry.card.num_virtual_tokens): entry.name for entry in good}
+        if len(forms) > 1:
+            raise InputError(
+                f"expected prompts of one method and length to choose among, got {list(forms.values())} with "
+                f"{list(forms)}; exclude the others"
+            )
+        return good
+
+    def plan(self, rows: Rows) -> dict[str, Any]:
+        """Json values that must be equal for a run to go on."""
+        settings = {name: value for name, value in asdict(self.training).items() if name not in FREE_SETTINGS}
+        identity = identify(self.model, self.tokenizer)
+        return {
+            "training": settings,
+            "strategy": asdict(self.strategy),
+            "guard": None
+            if self.guard is None
+            else asdict(self.guard) | {"scratch_rates": [*self.guard.scratch_rates]},
+            "task": task_to_json(self.task),
+            "shots": asdict(data_facts(rows, "shots")),
+            "source_task": None if self.source_task is None else task_to_json(self.source_task),
+            "source_data": None if self.source_data is None else asdict(data_facts(self.source_data, "source")),
+            "backbone": {"fingerprint": identity.fingerprint, "tokenizer": identity.tokenizer},
+            "bank": {entry.name: weights_sha256(entry.read()[0]) for entry in self.usable()},
+        }
+
+    def run(
+        self, rows: Rows, folder: Path, *, scratch: tuple[float, ...], eval_data: DataSource | None = None
+    ) -> Trained:
+        """Scratch at each of the rates, and transfer, on `rows`."""
+        make_directory(folder)
+        prompts: dict[str, Prompt] = {}
+        runs: dict[str, TrainingResult] = {}
+        for rate in scratch:
+            name = scratch_name(rate)
+            prompts[name] = fresh = self.fresh()
+            learning_rate = fresh.default_learning_rate() * rate
+            runs[name] = self.trainer(fresh, rows, folder / name, learning_rate, eval_data, None).fit(resume=True)
+        search = self.search(rows, folder)
+        start, selected = self.combine(search)
+        start.save(folder / "start")
+        prompts[SOURCE] = start
+        prompts[TRANSFERRED] = moved = start_from(self.model, start)
+        trainer = self.trainer(moved, rows, folder / TRANSFERRED, None, eval_data, self.loss(start))
+        runs[TRANSFERRED] = trainer.fit(resume=True)
+        return Trained(prompts, runs, search, selected)
+
+    def fresh(self) -> Prompt:
+        """A prompt like the bank's, from scratch."""
+        card, init = self.usable()[0].card, "random" if self.guard is None else self.guard.scratch_init
+        options: dict[str, Any] = {"tokenizer": self.tokenizer} if init == "sampled_vocab" else {}
+        return create(
+            card.method, self.model, num_virtual_tokens=card.num_virtual_tokens, init=init, seed=self.training.seed,
+            **options,
+        )  # fmt: skip
+
+    def search(self, rows: Rows, folder: Path) -> Search:
+        """The bank's entries by the strategy's measure; a cosine is taken with a fresh prompt tuned on `rows`."""
+        wanted = self.strategy.initialize
+        asked: dict[str, Any] = {"model": self.model, "tokenizer": self.tokenizer, "exclude": self.exclude}
+        if wanted.measure == "shot_loss":
+            return self.bank.search(task=self.task, shots=rows, **self.evaluation(), **asked)
+        probe, initial = self.fresh(), None
+        if wanted.measure == "task_vector_cosine":
+            initial = self.usable()[0].load_initial(self.model, self.tokenizer)
+            probe = start_from(self.model, initial)
+        self.trainer(probe, rows, folder / "probe", None, None, None).fit(resume=True)
+        return self.bank.search(measure=wanted.measure, prompt=probe, initial=initial, **asked)
+
+    def combine(self, search: Search) -> tuple[Prompt, dict[str, float]]:
+        """The start, and the entries it is made of with their weights."""
+        wanted = self.strategy.initialize
+        matches = search.matches[: wanted.top_k]
+        entries = [match.entry for match in matches]
+        prompts = [entry.load(self.model, self.tokenizer) for entry in entries]
+        scores = [match.score for match in matches]
+        if wanted.combine in ("best", "mean"):
+            weights = [1.0] * len(matches)
+        elif search.measure == "shot_loss":
+            weights = [math.exp(scores[0] - score) for score in scores]  # likelihoods over that of the best
+        else:
+            weights = [max(score, 0.0) for score in scores]
+        if wanted.combine == "task_vectors":
+            initial = entries[0].load_initial(self.model, self.tokenizer)
+            start = add_task_vectors(prompts, initial, weights, wanted.scale)
+        else:
+            start = weighted_mean(prompts, weights)
+        return start, {entry.name: weight / sum(weights) for entry, weight in zip(entries, weights, strict=True)}
+
+    def loss(self, start: Prompt) -> TransferLoss:
+        return TransferLoss(
+            self.strategy, model=self.model, tokenizer=self.tokenizer, start=start, config=self.training,
+            source_task=self.source_task, source_data=self.source_data,
+        )  # fmt: skip
+
+    def trainer(
+        self,
+        prompt: Prompt,
+        rows: Rows,
+        folder: str | Path,
+        rate: float | None,
+        eval_data: DataSource | None,
+        step_loss: TransferLoss | None,
+    ) -> Trainer:
+        """A run on `rows`; without `rate` at the configured one; without `eval_data` nothing is evaluated."""
+        changes: dict[str, Any] = {} if eval_data is not None else {"eval_strategy": "no", "eval_steps": None}
+        config = replace(
+            self.training, output_dir=str(folder), learning_rate=rate or self.training.learning_rate, **changes
+        )
+        return Trainer(
+            self.model, prompt, rows, eval_data, config, task=self.task, tokenizer=self.tokenizer, step_loss=step_loss
+        )
+
+    def score(self, prompt: Prompt, rows: Rows) -> EvalResult:
+        return evaluate(self.model, prompt, self.task, rows, self.tokenizer, **self.evaluation())
+
+    def evaluation(self) -> dict[str, Any]:
+        """Options of `ptengine.training.evaluate`."""
+        config = self.training
+        return {
+            "batch_size": config.per_device_eval_batch_size,
+            "max_length": config.max_length,
+            "truncation": config.truncation,
+            "bf16": config.bf16,
+        }
+
+
+def scratch_name(rate: float) -> str:
+    return f"{SCRATCH}-{rate:g}"
+
+
+def scratch_rate(name: str, guard: Guard) -> float:
+    return next(rate for rate in guard.scratch_rates if scratch_name(rate) == name)

@@ -1,0 +1,166 @@
+"""How a target prompt learns from others: settings, checked when they are made.
+
+Four ideas that combine freely: where the first numbers come from (`Initialize`), and up to three losses beside the
+target's own (`Joint`, `Anchor`, `Distill`). `Guard` says how the result is checked. Knows numbers and names only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptengine.errors import InputError
+from ptengine.transfer.similarity import PROMPT_MEASURES
+
+__all__ = ["Anchor", "Distill", "Guard", "Initialize", "Joint", "Strategy"]
+
+COMBINATIONS = ("best", "mean", "weighted", "task_vectors")
+SCHEDULES = ("constant", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Initialize:
+    """Where a target prompt starts (SPoT, Vu et al. 2022, arXiv 2110.07904, section 5).
+
+    Attributes:
+        combine: ``"best"``: the bank's best match as it is. ``"mean"``: the plain mean of the `top_k` best.
+            ``"weighted"``: their mean weighted by similarity, or by the likelihood exp(-loss) under ``"shot_loss"``.
+            ``"task_vectors"``: P0 + `scale` * (weighted mean of P_s - P0), for prompts trained from one P0
+            (Belanec et al. 2024, arXiv 2408.01119, equation 3).
+        top_k: matches that are combined; 1 with ``"best"``.
+        measure: how the bank is searched: ``"shot_loss"``, or a cosine, for which a prompt is first tuned on the shots.
+        scale: of the task vectors' sum.
+    """
+
+    combine: str = "best"
+    top_k: int = 1
+    measure: str = "shot_loss"
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        _choice("combine", self.combine, COMBINATIONS)
+        _choice("measure", self.measure, ("shot_loss", *PROMPT_MEASURES))
+        _whole("top_k", self.top_k, 1)
+        if self.combine == "best" and self.top_k != 1:
+            raise InputError(f"expected top_k=1 with combine='best', got {self.top_k}")
+        _number("scale", self.scale, 0)
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Train on source and target at once: the step's loss is a * L_source + (1 - a) * L_target.
+
+    Both losses are means over the labels of a batch of their own, so a does not depend on how many rows either has.
+    With a = 0 in every step the run equals training on the target alone, with a = 1 on the source alone.
+
+    Attributes:
+        source_weight: a, in [0, 1], in the first step.
+        schedule: ``"constant"``, or from `source_weight` to `end_weight` along a line or half a cosine.
+        end_weight: a in the last step, for the schedules that move.
+    """
+
+    source_weight: float = 0.5
+    schedule: str = "constant"
+    end_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        _number("source_weight", self.source_weight, 0, 1)
+        _number("end_weight", self.end_weight, 0, 1)
+        _choice("schedule", self.schedule, SCHEDULES)
+
+    def weight(self, step: int, total_steps: int) -> float:
+        """a in optimiser step `step`, counted from 0."""
+        if self.schedule == "constant":
+            return self.source_weight
+        done = step / max(total_steps - 1, 1)
+        if self.schedule == "cosine":
+            done = (1 - math.cos(math.pi * done)) / 2
+        return self.source_weight + done * (self.end_weight - self.source_weight)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Stay near the start: adds weight * |P - P_start|^2 / |P_start|^2 over all numbers the backbone reads.
+
+    Relative to the start's own size, so that one weight suits every model.
+    """
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _number("anchor weight", self.weight, 0)
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Answer as the start does: adds weight * mean squared difference of the logits at the labels, over labels and
+    vocabulary, to the target's loss (PANDA, Zhong et al. 2022, arXiv 2208.10160, equation 5)."""
+
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        _number("distill weight", self.weight, 0)
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """A way to transfer. Attributes: `initialize`, and the losses beside the target's own, None for none."""
+
+    initialize: Initialize = field(default_factory=Initialize)
+    joint: Joint | None = None
+    anchor: Anchor | None = None
+    distill: Distill | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in (("initialize", Initialize), ("joint", Joint), ("anchor", Anchor), ("distill", Distill)):
+            value = getattr(self, name)
+            if not isinstance(value, kind) and (name == "initialize" or value is not None):
+                raise InputError(f"expected {name}, a {kind.__name__}, got {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Detect negative transfer by cross-validation on the target shots, and choose what to keep.
+
+    Every fold trains the transferred prompt and the scratch prompt on the other folds and scores both, and the start
+    untouched, on the rows held back. Scratch is kept unless another scores better than it by more than `min_gain` (or,
+    with a gain of zero, as good with a lower loss).
+
+    Attributes:
+        folds: parts the shots are cut into, at least 2; every class needs as many rows.
+        min_gain: in the units of the task's metric, a fraction for accuracy.
+        scratch_rates: learning rates of scratch, as multiples of the method's own; the best counts.
+        scratch_init: how scratch starts, an init of the prompt's method that needs no further arguments.
+    """
+
+    folds: int = 4
+    min_gain: float = 0.0
+    scratch_rates: tuple[float, ...] = (1.0,)
+    scratch_init: str = "random"
+
+    def __post_init__(self) -> None:
+        _whole("folds", self.folds, 2)
+        _number("min_gain", self.min_gain, 0)
+        if not isinstance(self.scratch_rates, tuple) or not self.scratch_rates:
+            raise InputError(f"expected scratch_rates, a tuple of numbers above 0, got {self.scratch_rates!r}")
+        for rate in self.scratch_rates:
+            _number("scratch_rates", rate, 0)
+            if rate == 0 or self.scratch_rates.count(rate) > 1:
+                raise InputError(f"expected scratch_rates, different numbers above 0, got {self.scratch_rates!r}")
+
+
+def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"expected {name}, one of {', '.join(allowed)}, got {value!r}")
+
+
+def _whole(name: str, value: Any, low: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise InputError(f"expected {name}, a whole number of at least {low}, got {value!r}")
+
+
+def _number(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+    if not good or not math.isfinite(value):
+        raise InputError(f"expected {name}, a number from {low:g} to {high:g}, got {value!r}")

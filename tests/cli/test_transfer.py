@@ -1,0 +1,165 @@
+"""`ptengine transfer` and `ptengine bank` as a user would call them."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+GOOD, BAD = ["fine", "lovely", "great", "warm"], ["poor", "dull", "awful", "cold"]
+
+
+def write_csv(path: Path, noun: str, labels: tuple[str, str], names: tuple[str, str]) -> str:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(names)
+        for index in range(5):
+            for words, label in ((GOOD, labels[0]), (BAD, labels[1])):
+                for word in words[:3]:
+                    writer.writerow([f"the {noun}, no. {index}, was {word}", label])
+        writer.writerow(["", labels[0]])
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def _no_curves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ptengine.training.trainer.draw_curve", lambda path, *_: path)
+
+
+def command(world: Any, folder: Path, names: tuple[str, str] = ("text", "label"), **labels: Any) -> list[str]:
+    marks = labels.get("labels", ("good", "bad"))
+    source = write_csv(folder / "films.csv", "film", marks, names)
+    target = write_csv(folder / "meals.csv", "meal", marks, names)
+    return [
+        "transfer", "--model", world.llama, "--source", source, "--target", target, "--shots", "4", "--folds", "2",
+        "--template", f"{{{names[0]}}} It was", "--num-virtual-tokens", "3", "--source-steps", "3", "--max-steps", "2",
+        "--per-device-train-batch-size", "4", "--scratch-rates", "1", "--output", str(folder / "out"),
+    ]  # fmt: skip
+
+
+def test_two_files_to_a_report_and_a_prompt_for_eval(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = [*command(world, tmp_path), "--verbalizer", "good= fine,bad= poor"]
+    done = call(*arguments, "--json")
+    assert done.status == 0, done.err
+    data = done.json
+    assert set(data["test"]) == {"frozen model", "scratch", "source", "transferred", "shuffled source"}
+    assert data["cleaning"][0]["dropped"]["a text is missing"] == 1
+    for path in data["report"].values():
+        assert Path(path).is_file()
+    assert json.loads(Path(data["report"]["json"]).read_text()) == {
+        name: value for name, value in data.items() if name not in ("command", "output", "prompt", "report")
+    }
+    judged = call("eval", "--prompt", tmp_path / "out", "--data", tmp_path / "out/clean/test.jsonl", "--json")
+    assert judged.json["metrics"] == data["test"][data["kept"]]["metrics"]
+    refused = call(*arguments)
+    assert (refused.status, "not empty; --resume" in refused.err) == (2, True)
+    again = call(*arguments, "--resume")
+    assert again.status == 0
+    assert "next: ptengine eval" in again.out
+    other = call(*arguments, "--resume", "--anchor", "1")
+    assert other.status == 2
+    assert "expected strategy" in other.err
+
+
+def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = command(world, tmp_path, ("评论", "标签"), labels=("正面", "负面"))
+    done = call(
+        *arguments, "--label-column", "标签", "--verbalizer", "正面=好,负面=差", "--normalization", "NFKC",
+        "--method", "prefix", "--joint", "0.5", "--joint-schedule", "linear", "--anchor", "1", "--no-control", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert set(done.json["test"]["scratch"]["by_label"]) == {"正面", "负面"}
+    assert "正面" in Path(done.json["report"]["html"]).read_text(encoding="utf-8")
+    assert done.json["measures"].keys() == {
+        "absolute_gain", "relative_error_reduction", "wins", "negative_transfer_rate", "source_only_gain",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--verbalizer", "good= fine"], "at least two labels"),
+        (["--verbalizer", "good= fine,bad= poor", "--anchor", "-1"], "expected anchor weight"),
+        (["--verbalizer", "good= fine,bad= poor", "--combine", "sum"], "expected combine"),
+        (["--verbalizer", "good= fine,bad= poor", "--joint-schedule", "linear"], "expected --joint with"),
+        (["--verbalizer", "good= fine,bad= poor", "--scratch-rates", "1;2"], "with commas"),
+        (["--verbalizer", "good= fine,bad= poor", "--label-column", "mark"], "'mark'"),
+        (["--verbalizer", "good= fine,bad= poor", "--source", "a b=x.csv"], "--source NAME=FILE"),
+        (["--verbalizer", "good= fine,bad= poor", "--source", "films=x.csv"], "'films' twice"),
+        (["--verbalizer", "good= fine,bad= poor", "--source", "x.csv"], "none of this name"),
+        (["--verbalizer", "good= fine,bad= poor", "--shots", "0"], "whole number of at least 1"),
+        (["--verbalizer", "good= fine,bad= poor", "--top-k", "2", "--combine", "mean"], "top_k=2"),
+        (["--verbalizer", "good= fine,bad= poor", "--folds", "5"], "every label for 5 folds"),
+        (["--verbalizer", "fine= fine,bad= poor"], "expected one of the labels"),
+        (["--verbalizer", "good= fine,bad= poor", "--max-length", "5"], "truncation is off"),
+        (["--verbalizer", "good= fine,bad= poor", "--max-steps", "-1"], "--max-steps of at least 1"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(
+    world: Any, call: Callable[..., Any], tmp_path: Path, more: list[str], words: str
+) -> None:
+    done = call(*command(world, tmp_path), *more)
+    assert done.status == 2
+    assert words in done.err.splitlines()[-1]
+    assert done.err.splitlines()[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bank_from_adding_to_searching(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    bank = tmp_path / "bank"
+    for name, seed in (("a", "1"), ("b", "2")):
+        call(*world.tune(tmp_path / name, "--seed", seed, "--eval", world.test))
+        added = call(
+            "bank", "add", "--bank", bank, "--name", name, "--prompt", tmp_path / name, "--data", world.train, "--json"
+        )
+        assert added.status == 0, added.err
+        assert added.json["entry"]["data"]["name"] == "train.jsonl"
+        assert set(added.json["entry"]["metrics"]) >= {"accuracy", "loss"}
+    listed = call("bank", "list", "--bank", bank)
+    assert "2 prompts" in listed.out
+    assert [entry["name"] for entry in call("bank", "list", "--bank", bank, "--json").json["entries"]] == ["a", "b"]
+    asked = ["--template", "{text} is", "--label-words", "good= good,bad= bad", "--model", world.llama]
+    found = call("bank", "search", "--bank", bank, "--shots", world.test, *asked, "--json")
+    assert found.status == 0, found.err
+    losses = [match["score"] for match in found.json["matches"]]
+    assert losses == sorted(losses)
+    assert [match["metrics"]["loss"] for match in found.json["matches"]] == losses
+    alike = call("bank", "search", "--bank", bank, "--prompt", tmp_path / "b", "--json")
+    assert [match["name"] for match in alike.json["matches"]] == ["b", "a"]
+    table = call("bank", "compare", "--bank", bank, "--json").json["table"]
+    assert table["a"]["b"] == alike.json["matches"][1]["score"]
+    assert "1.000" in call("bank", "compare", "--bank", bank, "--names", "a").out
+    # The embedded model is another backbone: nothing is handed out, and the reason is told.
+    other = call("bank", "search", "--bank", bank, "--shots", world.test, *asked[:-2])
+    assert other.status == 0
+    assert "not asked: a, since it was made for a backbone with" in other.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["bank"], "expected ACTION"),
+        (["bank", "drop"], "invalid choice"),
+        (["bank", "list"], "expected --bank"),
+        (["bank", "list", "--bank", "nowhere"], "no folder"),
+        (["bank", "search", "--bank", "."], "got neither"),
+        (
+            ["bank", "search", "--bank", ".", "--shots", "x", "--measure", "token_cosine"],
+            "got --shots with token_cosine",
+        ),
+        (["bank", "search", "--bank", ".", "--shots", "x"], "expected --template"),
+        (["bank", "add", "--bank", "b", "--name", "x", "--prompt", "nowhere"], "which is no folder"),
+        (["bank", "compare", "--bank", ".", "--names", "x"], "got 'x'"),
+    ],
+)
+def test_bad_bank_calls_are_one_line(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments)
+    assert (done.status, len(done.err.splitlines())) == (2, 1)
+    assert words in done.err

@@ -1,0 +1,87 @@
+"""The guard's folds and its rule."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from ptengine.errors import InputError
+from ptengine.training import EvalResult
+from ptengine.transfer.guard import HeldOut, decide, folds, pooled
+from ptengine.transfer.strategies import Guard
+
+
+def test_folds_hold_every_row_back_once_and_keep_the_balance() -> None:
+    labels = ["a"] * 8 + ["b"] * 4
+    cut = folds(labels, 12, 4, seed=3)
+    assert sorted(row for _, held in cut for row in held) == list(range(12))
+    for train, held in cut:
+        assert sorted(train + held) == list(range(12))
+        assert Counter(labels[row] for row in held) == {"a": 2, "b": 1}
+    assert cut == folds(labels, 12, 4, seed=3)
+    assert cut != folds(labels, 12, 4, seed=4)
+    assert sorted(row for _, held in folds(None, 5, 2, seed=0) for row in held) == list(range(5))
+
+
+def test_too_few_shots_are_refused() -> None:
+    with pytest.raises(InputError, match="at least 4 target shots of every label for 4 folds, got 3 of 'b'"):
+        folds(["a"] * 8 + ["b"] * 3, 11, 4, 0)
+    with pytest.raises(InputError, match="at least 4 target shots for 4 folds, got 3"):
+        folds(None, 3, 4, 0)
+
+
+def test_results_of_the_parts_are_put_in_row_order() -> None:
+    one = EvalResult({"loss": 1.0}, ["a", "b"], 2)
+    two = EvalResult({"loss": 4.0}, ["a"], 1)
+    held = pooled([(one, [2, 0], ["b", "b"]), (two, [1], ["a"])])
+    assert held == HeldOut(2.0, (1.0, 1.0, 0.0))
+    assert held.score == pytest.approx(2 / 3)
+    texts = pooled([(EvalResult({"loss": 2.0}, [], 2), [0, 1], None)])
+    assert (texts.correct, texts.score) == (None, -2.0)
+
+
+def held(right: int, loss: float) -> HeldOut:
+    return HeldOut(loss, (1.0,) * right + (0.0,) * (10 - right))
+
+
+@pytest.mark.parametrize(
+    ("transferred", "source", "scratch", "gain", "chosen", "negative"),
+    [
+        (held(8, 0.5), held(6, 0.7), held(7, 0.6), 0.0, "transferred", False),
+        (held(6, 0.5), held(6, 0.7), held(7, 0.6), 0.0, "scratch", True),
+        (held(6, 0.5), held(8, 0.7), held(7, 0.6), 0.0, "source", True),
+        (held(7, 0.5), held(6, 0.5), held(7, 0.6), 0.0, "transferred", False),
+        (held(7, 0.7), held(7, 0.8), held(7, 0.6), 0.0, "scratch", True),
+        (held(8, 0.5), held(8, 0.5), held(7, 0.6), 0.0, "transferred", False),
+        (held(8, 0.5), held(8, 0.4), held(7, 0.6), 0.0, "source", False),
+        (held(8, 0.5), held(6, 0.4), held(7, 0.6), 0.15, "scratch", False),
+        (HeldOut(0.5, None), HeldOut(0.8, None), HeldOut(0.6, None), 0.0, "transferred", False),
+        (HeldOut(0.7, None), HeldOut(0.8, None), HeldOut(0.6, None), 0.0, "scratch", True),
+    ],
+)
+def test_the_rule(
+    transferred: HeldOut, source: HeldOut, scratch: HeldOut, gain: float, chosen: str, negative: bool
+) -> None:
+    candidates = {"scratch-1": scratch, "source": source, "transferred": transferred}
+    found = decide(Guard(min_gain=gain), candidates)
+    assert (found.chosen, found.negative_transfer) == (chosen, negative)
+    named = {"transferred": "the transferred prompt", "source": "the source prompt untouched", "scratch": "scratch"}
+    assert found.reason.startswith(f"{named[chosen]} is kept")
+
+
+def test_the_best_scratch_counts() -> None:
+    candidates = {
+        "scratch-1": held(5, 0.6), "scratch-0.3": held(7, 0.6), "source": held(5, 0.6), "transferred": held(6, 0.6),
+    }  # fmt: skip
+    found = decide(Guard(scratch_rates=(1.0, 0.3)), candidates)
+    assert (found.chosen, found.scratch, found.negative_transfer) == ("scratch", "scratch-0.3", True)
+    assert found.gain is not None
+    assert found.gain.value == pytest.approx(-0.1)
+
+
+@pytest.mark.parametrize("bad", [{"folds": 1}, {"min_gain": -1}, {"scratch_rates": ()}, {"scratch_rates": (1.0, 1.0)}])
+def test_settings_are_checked(bad: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="expected"):
+        Guard(**bad)

@@ -1,0 +1,183 @@
+"""`transfer` from bank to kept prompt: what it starts from, what it leaves behind, and that it goes on exactly."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+from ptengine.errors import InputError
+from ptengine.prompts import SoftPrompt, load_prompt
+from ptengine.training import Trainer, TrainingConfig, evaluate
+from ptengine.transfer import Anchor, Guard, Initialize, Joint, PromptBank, Strategy, transfer
+
+SETTINGS = TrainingConfig(
+    output_dir="unset", max_steps=4, per_device_train_batch_size=4, disable_tqdm=True, seed=3, save_steps=2
+)
+
+
+@pytest.fixture(scope="module")
+def world(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, eight shots, and a bank of three prompts trained from one P0."""
+    model, tokens = tiny.gpt2(dropout=0.0), tiny.tokenizer()
+    root = tmp_path_factory.mktemp("world")
+    bank = PromptBank(root / "bank")
+    initial = tiny.soft(model, 0)
+    for seed in range(3):
+        prompt = SoftPrompt(model, init="prompt", prompt=initial)
+        config = replace(SETTINGS, output_dir=str(root / f"run-{seed}"), max_steps=6, learning_rate=0.05 * (seed + 1))
+        Trainer(model, prompt, tiny.rows(12, seed), None, config, task=tiny.words_task(), tokenizer=tokens).fit()
+        bank.add(f"p{seed}", prompt, model=model, tokenizer=tokens, task=tiny.words_task(), initial=initial)
+
+    class World:
+        def __init__(self) -> None:
+            self.model, self.tokens, self.bank = model, tokens, bank
+            draw = tiny.rows(40, 9)
+            self.shots = [row for label in ("pos", "neg") for row in [r for r in draw if r["label"] == label][:4]]
+
+        def run(self, folder: Path, **more: Any) -> Any:
+            given: dict[str, Any] = {"bank": bank, "shots": self.shots, "task": tiny.words_task()}
+            training = replace(SETTINGS, output_dir=str(folder), **more.pop("training", {}))
+            return transfer(model, tokens, training=training, **(given | more))
+
+    return World()
+
+
+def test_with_a_guard_everything_is_scored_and_left_behind(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = world.run(output, guard=Guard(folds=2, scratch_rates=(1.0, 0.5)))
+    assert set(result.candidates) == {"transferred", "source", "scratch"}
+    assert set(result.runs) == {"transferred", "scratch"}
+    decision = result.decision
+    assert set(decision.scores) == {"scratch-1", "scratch-0.5", "source", "transferred"}
+    assert result.prompt is result.candidates[decision.chosen]
+    told = json.loads((output / "transfer.json").read_text())
+    assert told["chosen"] == decision.chosen
+    assert told["decision"]["reason"] == decision.reason
+    saved = load_prompt(output / "prompt", world.model)
+    assert torch.equal(saved.embeds, result.prompt.embeds)
+    # The untouched source scores in the guard what evaluating it on the held-back parts says.
+    (name,) = result.selected
+    assert name == result.search.matches[0].entry.name
+    source = world.bank.entry(name).load(world.model, world.tokens)
+    assert torch.equal(result.candidates["source"].embeds, source.embeds)
+
+
+def test_without_a_guard_there_is_one_run_and_no_decision(world: Any, tmp_path: Path) -> None:
+    result = world.run(tmp_path / "out")
+    assert (result.chosen, result.decision) == ("transferred", None)
+    assert set(result.candidates) == {"transferred", "source"}
+    assert not list((tmp_path / "out").glob("fold-*"))
+    assert result.runs["transferred"].steps == 4
+
+
+def test_a_killed_transfer_goes_on_to_the_same_numbers(world: Any, tmp_path: Path) -> None:
+    options = {"guard": Guard(folds=2), "strategy": Strategy(anchor=Anchor(0.1))}
+    whole = world.run(tmp_path / "whole", **options)
+    cut = tmp_path / "cut"
+    shutil.copytree(tmp_path / "whole", cut)
+    # As after a kill in the second fold: its transferred run has a checkpoint of step 2, and nothing came after it.
+    for name in ("transferred", "scratch-1", "start", "prompt"):
+        shutil.rmtree(cut / name)
+    (cut / "transfer.json").unlink()
+    torn = cut / "fold-1" / "transferred"
+    for name in ("prompt", "checkpoint-4"):
+        shutil.rmtree(torn / name)
+    again = world.run(cut, resume=True, **options)
+    assert again.decision == whole.decision
+    assert again.runs["transferred"].losses == whole.runs["transferred"].losses
+    assert torch.equal(again.prompt.embeds, whole.prompt.embeds)
+    with pytest.raises(InputError, match="resume=True"):
+        world.run(cut, **options)
+    with pytest.raises(InputError, match="expected strategy"):
+        world.run(cut, resume=True, guard=options["guard"])
+    with pytest.raises(InputError, match="expected shots"):
+        world.run(cut, resume=True, shots=world.shots[::-1], **options)
+    with pytest.raises(InputError, match="expected bank"):
+        world.run(cut, resume=True, exclude=["p1"], **options)
+
+
+@pytest.mark.parametrize("combine", ["mean", "weighted", "task_vectors"])
+@pytest.mark.parametrize("measure", ["shot_loss", "mean_token_cosine", "task_vector_cosine"])
+def test_starts_made_of_several_prompts(
+    world: Any, tiny: ModuleType, tmp_path: Path, combine: str, measure: str
+) -> None:
+    strategy = Strategy(Initialize(combine, top_k=2, measure=measure))
+    result = world.run(tmp_path / "out", strategy=strategy)
+    best = result.search.matches[:2]
+    assert list(result.selected) == [match.entry.name for match in best]
+    assert sum(result.selected.values()) == pytest.approx(1)
+    numbers = [match.entry.load(world.model, world.tokens).embeds for match in best]
+    scores = torch.tensor([match.score for match in best])
+    if combine == "mean":
+        weights = torch.full((2,), 0.5)
+    elif measure == "shot_loss":
+        weights = torch.softmax(-scores, dim=0)
+    else:
+        weights = scores / scores.sum()
+    # Task vectors of prompts from one P0 with weights that add up to 1 give their weighted mean.
+    wanted = sum(w * x for w, x in zip(weights, numbers, strict=True))
+    assert torch.allclose(result.candidates["source"].embeds, wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_self_transfer_without_a_step_is_the_prompt_itself(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
+    """One step at a rate of next to nothing, since a run has at least one step."""
+    bank = PromptBank(tmp_path / "bank")
+    prompt = world.bank.entry("p0").load(world.model, world.tokens)
+    bank.add("own", prompt, model=world.model, tokenizer=world.tokens, task=tiny.words_task())
+    result = world.run(tmp_path / "out", bank=bank, training={"learning_rate": 1e-12, "max_steps": 1})
+    assert torch.allclose(result.prompt.embeds, prompt.embeds, rtol=0, atol=1e-6)
+    scores = [
+        evaluate(world.model, one, tiny.words_task(), world.shots, world.tokens).metrics["loss"]
+        for one in (prompt, result.prompt)
+    ]
+    assert scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+def test_curves_come_from_rows_that_decide_nothing(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
+    training = {"eval_strategy": "steps", "eval_steps": 2}
+    result = world.run(tmp_path / "out", guard=Guard(folds=2), training=training, eval_data=tiny.rows(6, 20))
+    assert [entry["step"] for entry in result.runs["scratch"].evaluations] == [2, 4]
+    assert not list((tmp_path / "out").glob("fold-*/transferred/best"))
+
+
+def test_bad_input_is_refused_before_anything_is_written(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"task": tiny.head_task()}, "task with a template"),
+        ({"bank": PromptBank(tmp_path / "none")}, "expected a bank with prompts"),
+        ({"strategy": Strategy(Initialize("mean", top_k=4))}, "top_k=4"),
+        ({"strategy": Strategy(joint=Joint())}, "source's task and rows"),
+        ({"guard": Guard(folds=5)}, "every label for 5 folds"),
+        ({"shots": [{"text": "it was"}]}, "'label'"),
+        ({"training": {"eval_strategy": "epoch"}}, "expected eval_data"),
+        ({"training": {"eval_strategy": "epoch", "load_best_model_at_end": True}, "eval_data": world.shots}, "off in"),
+        ({"guard": Guard(folds=2, scratch_init="text")}, "init_text"),
+    ]
+    for more, words in cases:
+        with pytest.raises(InputError, match=words):
+            world.run(output, **more)
+        assert not output.exists(), words
+    output.mkdir()
+    (output / "note").write_text("mine")
+    with pytest.raises(InputError, match="empty output_dir"):
+        world.run(output)
+
+
+def test_a_bank_of_several_forms_is_refused(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
+    bank = PromptBank(tmp_path / "bank")
+    for name, prompt in (("soft", tiny.soft(world.model)), ("deep", tiny.prefix(world.model))):
+        bank.add(name, prompt, model=world.model, tokenizer=world.tokens, task=tiny.words_task())
+    llama = tiny.llama()
+    bank.add("llama", tiny.soft(llama), model=llama, tokenizer=world.tokens, task=tiny.words_task())
+    with pytest.raises(InputError, match="one method and length"):
+        world.run(tmp_path / "out", bank=bank)
+    result = world.run(tmp_path / "out", bank=bank, exclude=["deep"])
+    assert list(result.selected) == ["soft"]
+    assert "model_type" in result.search.refused["llama"]
