@@ -1,8 +1,8 @@
 """PEFT checkpoints of its prompt methods, read and written without PEFT.
 
 A checkpoint is a directory with `adapter_config.json` (indent 2, sorted keys) and `adapter_model.safetensors` (header
-{"format": "pt"}): `prompt_embeddings` fp32, [P, d] for soft prompts and [P, L*2*H_kv*D] for prefixes, and for
-sequence classification the trained head under `base_model.<its name in the model>`. PEFT saves what its
+{"format": "pt"}): `prompt_embeddings` fp32, [P, d] for soft prompts and [P, L*2*H_kv*D] for prefixes, and for tasks
+with a head the trained one under `base_model.<its name in the model>`. PEFT saves what its
 reparametrisation computes, never the MLP itself, so folding a prompt before writing loses nothing. What the methods
 differ in is the business of `ptengine.interop.peft_types`.
 """
@@ -39,11 +39,16 @@ __all__ = ["load_peft", "save_peft"]
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # the version whose format this is
-TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 _PROMPT_KEY = "prompt_embeddings"
 _HEAD_PREFIX = "base_model."
-_HEADS = ("classifier", "score")  # PEFT's names of the heads it trains and saves under SEQ_CLS
+# PEFT's names of the heads that it trains and saves beside the prompt.
+_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 
 
 def save_peft(
@@ -62,9 +67,10 @@ def save_peft(
         prompt: a `SoftPrompt` or a `Prefix`; a reparametrisation is folded, as PEFT does. For MULTITASK_PROMPT_TUNING a
             list of soft prompts of the same length on the same backbone, too: task i is the i-th.
         directory: made if need be; its other files are not touched.
-        model: the prompt's backbone. SEQ_CLS needs it: its head (`classifier` or `score`) is written along, and PEFT
-            loads no checkpoint of that task without one. CAUSAL_LM does not.
-        task_type: ``"CAUSAL_LM"`` or ``"SEQ_CLS"``; None means CAUSAL_LM for causal backbones and SEQ_CLS for encoders.
+        model: the prompt's backbone. Every task but CAUSAL_LM needs it: its head (`classifier` or `score`, `qa_outputs`
+            for QUESTION_ANS) is written along, and PEFT loads no checkpoint of such a task without one.
+        task_type: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ``"TOKEN_CLS"`` or ``"QUESTION_ANS"``; None means CAUSAL_LM for
+            causal backbones and SEQ_CLS for encoders.
         peft_type: the method PEFT will take it for. A soft prompt may be ``"PROMPT_TUNING"`` (None means this),
             ``"P_TUNING"`` (folded: PEFT infers with it, but would train an encoder that starts at random) or
             ``"MULTITASK_PROMPT_TUNING"`` (rank P: columns are the identity, rows the prompts, the shared prompt ones);
@@ -76,9 +82,9 @@ def save_peft(
 
     Raises:
         InputError: a prompt of another method (PEFT has no form for it); a peft_type that is not for this kind of
-            prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an encoder; SEQ_CLS without a
-            model or with one that has no such head; a model that is not the prompt's backbone; several prompts for
-            another type, or ones that differ in length or backbone; or a directory that cannot be written.
+            prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an encoder; a task with a head
+            without a model or with one that has no such head; a model that is not the prompt's backbone; several
+            prompts for another type, or ones that differ in length or backbone; or a directory that cannot be written.
     """
     prompts: list[Any] = [prompt] if isinstance(prompt, Prompt) or not isinstance(prompt, Sequence) else list(prompt)
     peft_type = _checked_type(prompts, peft_type)
@@ -89,21 +95,24 @@ def save_peft(
     if task_type not in TASK_TYPES:
         raise InputError(f"expected task_type, one of {', '.join(TASK_TYPES)}, got {task_type!r}")
     if task_type == "CAUSAL_LM" and kind != "causal":
-        raise InputError(f"expected task_type SEQ_CLS for the encoder {facts.model_type!r}, got {task_type!r}")
+        raise InputError(
+            f"expected task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS for the encoder {facts.model_type!r}, got "
+            f"{task_type!r}"
+        )
 
-    if task_type == "SEQ_CLS" and model is None:
-        raise InputError("task_type SEQ_CLS needs model, whose head is part of PEFT's checkpoint, got None")
+    if task_type in _HEADS and model is None:
+        raise InputError(f"task_type {task_type} needs model, whose head is part of PEFT's checkpoint, got None")
     tensors: dict[str, Tensor] = {}
     if model is not None:
         facts.require_same(backbone_facts(model), "the prompt to export")
-    if task_type == "SEQ_CLS":
-        tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in _head(model).items()}
+    if task_type in _HEADS:
+        tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in _head(model, task_type).items()}
     count = prompts[0].num_virtual_tokens
     config: dict[str, Any] = {
         "auto_mapping": None,
         "base_model_name_or_path": facts.base_model,
         "inference_mode": True,
-        "modules_to_save": list(_HEADS) if task_type == "SEQ_CLS" else None,
+        "modules_to_save": list(_HEADS[task_type]) if task_type in _HEADS else None,
         "num_layers": facts.num_layers,
         "num_transformer_submodules": 1,
         "num_virtual_tokens": count,
@@ -155,8 +164,9 @@ def load_peft(
     Args:
         directory: where PEFT's `save_pretrained` (or `save_peft`) wrote.
         model: the backbone.
-        load_head: a checkpoint of sequence classification carries the head that was trained with the prompt; it is
-            copied into the head of `model`, in place. False leaves the model as it is and drops that head.
+        load_head: a checkpoint of classification (of texts or tokens) or question answering carries the head that was
+            trained with the prompt; it is copied into the head of `model`, in place. False leaves the model as it is
+            and drops that head.
         task_id: which task of MULTITASK_PROMPT_TUNING, from 0; for other methods None.
 
     Returns:
@@ -186,7 +196,7 @@ def load_peft(
         rows = rows_of(config, tensors, width, task_id)
     except InputError as error:
         raise InputError(f"{directory / WEIGHTS_NAME}: {error}") from error
-    head = _checked_head(tensors, model) if load_head else {}
+    head = _checked_head(tensors, model, config.get("task_type")) if load_head else {}
 
     described = {"num_virtual_tokens": count, "init": "array"}
     device = spec.word_embeddings.weight.device
@@ -281,21 +291,24 @@ def _checked_width(config: dict[str, Any], facts: BackboneFacts, is_prefix: bool
     return facts.num_layers * 2 * wanted["token_dim"] if is_prefix else wanted["token_dim"]
 
 
-def _head(model: Any) -> dict[str, nn.Parameter]:
-    """The parameters of the model's classification head by their names in the model."""
-    head = {name: p for name, p in model.named_parameters() if name.split(".")[0] in _HEADS}
+def _head(model: Any, task_type: str | None) -> dict[str, nn.Parameter]:
+    """The parameters of the model's head for the task, by their names in the model."""
+    names = _HEADS.get(task_type or "", _HEADS["SEQ_CLS"])
+    head = {name: p for name, p in model.named_parameters() if name.split(".")[0] in names}
     if not head:
         raise InputError(
-            f"expected a model with a head named {' or '.join(_HEADS)} for SEQ_CLS, got {type(model).__name__}"
+            f"expected a model with a head named {' or '.join(names)} for {task_type}, got {type(model).__name__}"
         )
     return head
 
 
-def _checked_head(tensors: dict[str, Tensor], model: Any) -> dict[str, tuple[nn.Parameter, Tensor]]:
+def _checked_head(
+    tensors: dict[str, Tensor], model: Any, task_type: str | None
+) -> dict[str, tuple[nn.Parameter, Tensor]]:
     """Pairs of a parameter of the model's head and the tensor to copy into it, by name, all shapes equal."""
     if not tensors:
         return {}
-    own = {_HEAD_PREFIX + name: parameter for name, parameter in _head(model).items()}
+    own = {_HEAD_PREFIX + name: parameter for name, parameter in _head(model, task_type).items()}
     wanted = {name: list(parameter.shape) for name, parameter in own.items()}
     got = {name: list(tensor.shape) for name, tensor in tensors.items()}
     if wanted != got:

@@ -173,15 +173,11 @@ def _cpt(config: Mapping[str, Any], state: dict[str, Tensor], width: int) -> Ten
     kinds = config.get("cpt_tokens_type_mask")
     if not isinstance(kinds, list) or len(kinds) != count or not all(isinstance(kind, int) for kind in kinds):
         raise InputError(f"expected cpt_tokens_type_mask, a list of {count} whole numbers, got {kinds!r}")
-    radii: dict[str, float] = {}
-    for name in ("opt_projection_epsilon", "opt_projection_format_epsilon"):
-        value = config.get(name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-            raise InputError(f"expected {name}, a number above 0, got {value!r}")
-        radii[name] = value
     unit = math.sqrt(width / 2048)
-    by_kind = [1e-10, radii["opt_projection_format_epsilon"] * unit, radii["opt_projection_epsilon"] * unit]
-    by_kind.append(by_kind[1])
+    in_input, in_format = (
+        _positive(config, name) * unit for name in ("opt_projection_epsilon", "opt_projection_format_epsilon")
+    )
+    by_kind = [1e-10, in_format, in_input, in_format]
     radius = torch.tensor([by_kind[kind % 4] if kind > 0 else by_kind[0] for kind in kinds])  # [P]
     learned = state["delta_embedding.weight"]  # [P, d]
     length = learned.norm(dim=1)  # [P]
@@ -194,6 +190,13 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
     for index, (inputs, outputs) in enumerate(pairwise(sizes)):
         layers += [nn.ReLU()] * bool(index) + [nn.Linear(inputs, outputs)]
     return nn.Sequential(*layers)
+
+
+def _positive(config: Mapping[str, Any], name: str) -> float:
+    value = config.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise InputError(f"expected {name}, a number above 0, got {value!r}")
+    return value
 
 
 def _floating(tensor: Tensor, name: str) -> Tensor:

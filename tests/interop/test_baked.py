@@ -27,7 +27,8 @@ from ptengine.interop import save_baked_checkpoint
 from ptengine.prompts import Prefix, SoftPrompt
 
 from ..backbone.stock import make, relative, stories
-from .attached_cases import prompt_for, state
+from ..backbone.test_families import make as make_family
+from .attached_cases import alone, prompt_for, state
 
 VOCABULARY = 4096  # of the embedded tokenizer
 TEXTS = ["Once upon a time", " there was\na film, 12"]
@@ -178,6 +179,26 @@ def test_a_patched_model(tmp_path: Path, tokenizer: Any) -> None:
         assert model.config._attn_implementation == "ptengine"
     assert "ptengine" not in (tmp_path / "out" / "config.json").read_text()
     assert read(tmp_path / "out")[0].config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("family", ["mixtral", "cohere2", "deepseek_v3", "gpt_oss"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    """Experts, scaled logits, latent attention and sinks pass through transformers' own writing and reading."""
+    backend = Tokenizer(models.WordLevel({f"w{index}": index for index in range(90)}, unk_token="w0"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    model = make_family(family)
+    prompt = prompt_for(model, "soft")
+    save_baked_checkpoint(
+        model, prompt, PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="w0"), tmp_path / "out"
+    )
+    baked = read(tmp_path / "out")
+    ids = behind(baked, "w5 w17 w3 w44")
+    assert ids[0, 6:].tolist() == [5, 17, 3, 44]
+    with torch.no_grad():
+        got = baked[0](ids).logits[0, 6:]
+        exact = alone(model, prompt, ids[0, 6:].tolist())
+    assert relative(got[:, :90], exact[:, :90]) < 1e-6
+    assert (got[:, 90:96].max(1).values < got[:, :90].max(1).values).all()
 
 
 REFUSED: dict[str, tuple[Any, str]] = {

@@ -14,7 +14,9 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
+    BertForQuestionAnswering,
     BertForSequenceClassification,
+    BertForTokenClassification,
     BertModel,
     DynamicCache,
     GPT2Config,
@@ -138,6 +140,47 @@ def test_we_load_what_peft_writes_with_identical_numbers_and_logits(tmp_path, fa
         torch.testing.assert_close(
             logits_by_hand(model, prompt, IDS_IN), peft_logits(wrapped, IDS_IN), rtol=0, atol=1e-6
         )
+
+
+HEADS = {
+    "TOKEN_CLS": (BertForTokenClassification, "classifier"),
+    "QUESTION_ANS": (BertForQuestionAnswering, "qa_outputs"),
+}
+
+
+@pytest.mark.parametrize("kind", ["soft", "flat"])
+@pytest.mark.parametrize("task_type", HEADS)
+def test_heads_of_other_tasks_both_ways(tmp_path, task_type, kind):
+    """Token classification and question answering: the trained head travels, and the files are those of peft."""
+    make, name = HEADS[task_type]
+
+    def fresh() -> Any:
+        torch.manual_seed(0)
+        return make(BertConfig(**SIZE, num_labels=2)).eval().requires_grad_(False)
+
+    config = peft_config(kind, task_type)
+    if kind == "flat":
+        config.encoder_hidden_size = None
+    wrapped = peft.get_peft_model(fresh(), config).eval()
+    with torch.no_grad():
+        for parameter in wrapped.base_model.get_submodule(name).parameters():
+            parameter.add_(1.0)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    model = fresh()
+    prompt = load_peft(tmp_path / "theirs", model)
+    save_peft(prompt, tmp_path / "ours", model, task_type=task_type)
+    again = peft.PeftModel.from_pretrained(fresh(), tmp_path / "ours").eval()
+    answers = [by(input_ids=IDS_IN, attention_mask=torch.ones_like(IDS_IN)).to_tuple()[0] for by in (wrapped, again)]
+    torch.testing.assert_close(answers[1], answers[0], rtol=0, atol=1e-6)
+    with prompt.attached(model):
+        found = model(IDS_IN).to_tuple()[0]
+    torch.testing.assert_close(found, answers[0][:, -IDS_IN.shape[1] :], rtol=1e-5, atol=1e-6)
+    assert torch.equal(getattr(model, name).bias, getattr(fresh(), name).bias + 1)
+    ours, theirs = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    heads = [json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "theirs")]
+    assert set(heads[0].pop("modules_to_save")) == set(heads[1].pop("modules_to_save"))
+    assert heads[0] == heads[1]
 
 
 @pytest.mark.parametrize("kind", ["soft", "flat"])
@@ -315,11 +358,13 @@ def test_bad_exports_are_refused_and_write_nothing(tmp_path):
     soft = prompt_for(model, "soft")
     cases: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
         (torch.zeros(4, 32), (), {}, "the prompts PEFT has a form for, got 'Tensor'"),
-        (soft, (), {"task_type": "TOKEN_CLS"}, "one of CAUSAL_LM, SEQ_CLS, got 'TOKEN_CLS'"),
-        (prompt_for(bert, "soft"), (), {"task_type": "CAUSAL_LM"}, "SEQ_CLS for the encoder 'bert'"),
+        (soft, (), {"task_type": "SEQ_2_SEQ_LM"}, "CAUSAL_LM, .*, QUESTION_ANS, got 'SEQ_2_SEQ_LM'"),
+        (prompt_for(bert, "soft"), (), {"task_type": "CAUSAL_LM"}, "or QUESTION_ANS for the encoder 'bert'"),
         (prompt_for(bert, "soft"), (), {}, "SEQ_CLS needs model"),
         (soft, (bert,), {}, "expected model_type 'gpt2', got 'bert'"),
         (soft, (model,), {"task_type": "SEQ_CLS"}, "head named classifier or score for SEQ_CLS, got GPT2LMHeadModel"),
+        (prompt_for(bert, "soft"), (bert,), {"task_type": "QUESTION_ANS"}, "head named qa_outputs for QUESTION_ANS"),
+        (prompt_for(bert, "soft"), (), {"task_type": "TOKEN_CLS"}, "TOKEN_CLS needs model"),
         (prompt_for(bare, "soft"), (bare,), {}, "head named classifier or score for SEQ_CLS, got BertModel"),
     ]
     for prompt, arguments, options, message in cases:
