@@ -4,7 +4,7 @@ from ptengine.training.config import TrainingConfig
 from ptengine.training.evaluation import evaluate, load_head
 from ptengine.training.objective import EvalResult
 from ptengine.training.prompt_set import PromptSet, PromptSetResult
-from ptengine.training.sweep import SweepResult, SweepRun, sweep
+from ptengine.training.sweeping import SweepResult, SweepRun, sweep
 from ptengine.training.trainer import Trainer, TrainingResult
 
 __all__ = [
