@@ -3,7 +3,7 @@
     python benchmarks/bench_prompt_set.py --json benchmarks/results/prompt_set.json
 
 The embedded model (4 million parameters) on the embedded SMS Spam messages, 32 training rows, fp32 on CPU: four seeds
-at four learning rates, each run 20 optimiser steps with what `fit` does besides (patching, log, checkpoint, export, but
+at four learning rates, each run 10 optimiser steps with what `fit` does besides (patching, log, checkpoint, export, but
 no evaluation, which is each prompt's own on both sides). Wall time and the process's CPU time, which other work on the
 machine disturbs less; both sides start with the same fresh prompts; the largest difference between
 their losses stands beside the times. What one batch saves is the cost of a small one: calls of operators, and matrix
@@ -35,8 +35,8 @@ from ptengine.data import ClassificationTask, Template, Verbalizer, load_rows
 from ptengine.files import write_json_atomic
 from ptengine.training import PromptSet, Trainer, TrainingConfig, TrainingResult
 
-SEEDS, RATES = (1, 2, 3, 4), (0.003, 0.01, 0.03, 0.1)
-STEPS, TRAIN_ROWS = 20, 32
+SEEDS, RATES = (1, 2, 3, 4), (0.003, 0.006, 0.012, 0.024)
+STEPS, TRAIN_ROWS = 10, 32
 TARGET = 0.5  # the most that sixteen at once may cost of sixteen alone
 
 

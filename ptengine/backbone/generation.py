@@ -23,7 +23,7 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import capture_prefix, check_fit, stack_prefixes
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["generate"]
+__all__ = ["generate", "generate_in_batches"]
 
 
 class _Prompt(Protocol):
@@ -88,6 +88,26 @@ def generate(
     if not as_text:
         return sequences
     return list(tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True))
+
+
+def generate_in_batches(
+    model: Any, prompt: _Prompt | None, rows: Sequence[list[int]], tokenizer: Any, batch_size: int, **kwargs: Any
+) -> list[str]:
+    """Continuations of many rows of token ids, without special tokens, in the rows' order.
+
+    Rows of like length share a batch. Other arguments and errors as in `generate`.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    texts = [""] * len(rows)
+    for start in range(0, len(order), batch_size):
+        part = order[start : start + batch_size]
+        written = generate(model, prompt, [rows[i] for i in part], tokenizer, **kwargs)  # [B, T + new]
+        assert isinstance(written, Tensor)  # token ids in, token ids out
+        longest = max(len(rows[i]) for i in part)
+        decoded = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
+        for i, text in zip(part, decoded, strict=True):
+            texts[i] = text
+    return texts
 
 
 @torch.no_grad()

@@ -104,7 +104,8 @@ def packed_loss(
 
     Raises:
         InputError: the model is not patched or has no LM head, the prompt does not fit the model, the batch has no
-            label that can be predicted, or a row with its prompt is longer than the model's positions.
+            label that can be predicted or a token outside the vocabulary, or a row with its prompt is longer than the
+            model's positions.
     """
     found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
     spec = require_patched(model)
@@ -312,6 +313,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
             f"row {row}: expected at most {spec.max_positions} positions, got {virtual[row]} virtual tokens and "
             f"{lengths[row]} tokens of text"
         )
+    _check_vocabulary(spec, batch)
     for row, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
         check_reach(prompts[prompt] if prompt >= 0 else None, length, f"row {row}")
     text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
@@ -376,6 +378,19 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
         max_seqlen=int(cu_seqlens.diff().max()),
         prefix_rows=None,
     )
+
+
+def _check_vocabulary(spec: BackboneSpec, batch: PackedBatch) -> None:
+    """Refuse tokens that the table of embeddings does not have: on CUDA they would end the process's context."""
+    known = spec.word_embeddings.weight.shape[0]
+    if batch.num_tokens == 0:
+        return
+    least, most = (int(x) for x in batch.input_ids.aminmax())
+    if least < 0 or most >= known:
+        token = least if least < 0 else most
+        at = int((batch.input_ids == token).nonzero()[0])
+        row = int((batch.cu_seqlens[1:] <= at).sum())
+        raise InputError(f"row {row}: expected token ids from 0 to {known - 1}, the model's vocabulary, got {token}")
 
 
 def _run(

@@ -117,7 +117,8 @@ def _write(
 ) -> list[str]:
     import torch
 
-    from ptengine.backbone import backbone_spec, generate
+    from ptengine.backbone import backbone_spec
+    from ptengine.backbone.generation import generate_in_batches
     from ptengine.data.encoding import encode_texts, plain_columns
     from ptengine.training.preparation import room_for_text
 
@@ -134,10 +135,4 @@ def _write(
         source_name=source,
     )
     torch.manual_seed(seed)
-    texts: list[str] = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        written: Any = generate(session.model, session.prompt, part, session.tokenizer, **options)  # [B, T + new]
-        longest = max(len(row) for row in part)
-        texts += session.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-    return texts
+    return generate_in_batches(session.model, session.prompt, rows, session.tokenizer, batch_size, **options)

@@ -63,7 +63,7 @@ def run_sweep(
     """What the sweep found: for machines, for people, and its best prompt, None where every run diverged."""
     from ptengine.prompts import load_prompt
     from ptengine.training import sweep
-    from ptengine.training.sweep import describe
+    from ptengine.training.sweeping import describe
 
     found = sweep(
         model,

@@ -180,8 +180,9 @@ def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: An
     from ptengine.backbone import backbone_spec
     from ptengine.training.preparation import encode, room_for_text
 
-    room = room_for_text(backbone_spec(model), prompt, config.max_length)
-    encode(task, args.test, tokenizer, prompt, room, config.truncation, "test")
+    spec = backbone_spec(model)
+    room = room_for_text(spec, prompt, config.max_length)
+    encode(task, args.test, tokenizer, prompt, room, config.truncation, "test", spec.vocab_size)
 
 
 def _prompt_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from ptengine.training.importance import Importance, prompt_importance
 from ptengine.training.multitask import multitask_loss
 from ptengine.training.objective import EvalResult
 from ptengine.training.prompt_set import PromptSet, PromptSetResult
-from ptengine.training.sweep import SweepResult, SweepRun, sweep
+from ptengine.training.sweeping import SweepResult, SweepRun, sweep
 from ptengine.training.trainer import Trainer, TrainingResult
 
 __all__ = [

@@ -63,7 +63,7 @@ class TrainingConfig:
         early_stopping_patience: stop after this many evaluations in a row without a new best; None for never.
         report_to: ``"none"`` or ``"tensorboard"`` (events in ``output_dir/tensorboard``).
         gradient_checkpointing: recompute the backbone's layers in the backward pass instead of keeping activations.
-        disable_tqdm: no progress bar.
+        disable_tqdm: no progress bar; without it there is one where standard error is a terminal.
         max_length: longest text in tokens, virtual tokens not counted; None means what the backbone's positions leave
             beside the prompt.
         truncation: cut texts that are longer; otherwise such a row is an error.

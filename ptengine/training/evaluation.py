@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from ptengine.backbone import generate as generate_texts
+from ptengine.backbone.generation import generate_in_batches
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
 from ptengine.errors import InputError
@@ -71,7 +71,7 @@ def evaluate(
     check_prompt(prompt, model)
     objective = make_objective(task, model, spec, tokenizer, bf16)
     room = room_for_text(spec, prompt, max_length)
-    rows = encode(task, data, tokenizer, prompt, room, truncation, "data").rows
+    rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec.vocab_size).rows
     if generate:
         _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens)
     training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []
@@ -82,7 +82,16 @@ def evaluate(
             result = objective.evaluate(prompt, rows, batch_size)
             if generate:
                 with torch.autocast(spec.word_embeddings.weight.device.type, torch.bfloat16, enabled=bf16):
-                    texts = _write(model, prompt, rows, tokenizer, batch_size, max_new_tokens)
+                    texts = generate_in_batches(
+                        model,
+                        prompt,
+                        [row.input_ids[: row.prompt_length] for row in rows],
+                        tokenizer,
+                        batch_size,
+                        max_new_tokens=max_new_tokens,
+                        do_sample=False,
+                        num_beams=1,
+                    )
                 scores = generation_metrics(texts, [row.references for row in rows], bleu_tokenizer=bleu_tokenizer)
                 result = replace(result, metrics=result.metrics | scores, predictions=texts)
     finally:
@@ -122,23 +131,3 @@ def _check_room(rows: Sequence[EncodedRow], room: int, new: int) -> None:
                 f"data, row {row.index} (counting from 0): expected a text of 1 to {room - new} tokens (the backbone's "
                 f"positions minus the prompt and max_new_tokens={new}), got {row.prompt_length}"
             )
-
-
-def _write(
-    model: Any, prompt: Prompt | None, rows: Sequence[EncodedRow], tokenizer: Any, batch_size: int, new: int
-) -> list[str]:
-    """Greedy continuations of the rows' texts, in the rows' order; texts of like length share a batch."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].prompt_length)
-    texts = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
-        part = order[start : start + batch_size]
-        inputs = [rows[i].input_ids[: rows[i].prompt_length] for i in part]
-        written = generate_texts(
-            model, prompt, inputs, tokenizer, max_new_tokens=new, do_sample=False, num_beams=1
-        )  # [B, T + new]
-        longest = max(len(tokens) for tokens in inputs)
-        assert isinstance(written, torch.Tensor)  # token ids in, token ids out
-        decoded = tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
-        for i, text in zip(part, decoded, strict=True):
-            texts[i] = text
-    return texts

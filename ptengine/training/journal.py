@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -22,8 +23,14 @@ LOG_NAME = "log.jsonl"
 
 
 def progress_bar(start: int, total_steps: int, show: bool) -> tqdm[Any]:
-    """A bar of optimiser steps, to be used as a context."""
-    return tqdm(total=total_steps, initial=start, unit="step", desc="tuning", disable=not show)
+    """A bar of optimiser steps, to be used as a context; silent where nothing can be drawn anew."""
+    silent = not (show and _redraws())
+    return tqdm(total=total_steps, initial=start, unit="step", desc="tuning", disable=silent)
+
+
+def _redraws() -> bool:
+    """Whether people watch: on a terminal, or the widget of a notebook. In a file every redraw would stay."""
+    return sys.stderr.isatty() or any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
 
 
 class Journal:
@@ -38,7 +45,7 @@ class Journal:
         start: optimiser steps already done.
         total_steps: optimiser steps of the whole run.
         redo_evaluation: the evaluation at `start` will be done again, so its line is dropped too.
-        show_bar: draw a progress bar.
+        show_bar: draw a progress bar, where standard error is a terminal.
         tensorboard: write events into ``output_dir/tensorboard``.
     """
 

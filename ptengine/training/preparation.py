@@ -63,6 +63,7 @@ def encode(
     max_tokens: int,
     truncation: bool,
     name: str,
+    vocab_size: int,
 ) -> EncodedSplit:
     """Read and encode `data`; errors call it by its path, or by `name` where it has none.
 
@@ -71,7 +72,8 @@ def encode(
 
     Raises:
         InputError: as `load_rows` and `Task.encode`; also a row whose target nothing stands before, unless `prompt` has
-            virtual tokens to predict it from; and an encoded row that is too long.
+            virtual tokens to predict it from; a token beyond the `vocab_size` words that the backbone embeds; and an
+            encoded row that is too long.
     """
     source_name = os.fspath(data) if isinstance(data, str | os.PathLike) else name
     if isinstance(data, EncodedSplit):
@@ -85,6 +87,12 @@ def encode(
         if split.truncated:
             warnings.warn(
                 f"{source_name}: {split.truncated} of {len(split)} rows were cut to {max_tokens} tokens", stacklevel=3
+            )
+    for row in split:
+        if max(row.input_ids, default=0) >= vocab_size:
+            raise InputError(
+                f"{place(source_name, row.index)}: expected token ids below {vocab_size}, the words that the backbone "
+                f"embeds, got {max(row.input_ids)}: is the tokenizer the backbone's own?"
             )
     if task.backbone_kind == "causal" and (prompt is None or isinstance(prompt.lower(), KeyValuePrefix)):
         for row in split:

@@ -140,9 +140,11 @@ class Trainer:
         self._check_trainable()
         self._check_evaluation(eval_data is not None)
         room = room_for_text(spec, prompt, config.max_length)
-        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train").rows
+        self._train = encode(
+            task, train_data, tokenizer, prompt, room, config.truncation, "train", spec.vocab_size
+        ).rows
         self._eval: list[EncodedRow] = (
-            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval").rows
+            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval", spec.vocab_size).rows
             if eval_data is not None
             else []
         )

@@ -83,6 +83,14 @@ CASES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "prompt beyond the positions, generating": (
         lambda m: generate(m, virtual(65), ROWS, max_new_tokens=1), "at most 64 .* a prompt of 65"
     ),
+    # It came as an IndexError from the table of embeddings, and on CUDA as the end of the process.
+    "token beyond the vocabulary": (
+        lambda m: packed_loss(m, virtual(3), pack_rows([[5, 6], [7, m.config.vocab_size]], [[5, 6], [7, 7]])),
+        "row 1: expected token ids from 0 to .*the model's vocabulary, got",
+    ),
+    "token below zero": (
+        lambda m: packed_loss(m, None, pack_rows([[5, -100]], [[5, 6]])), "row 0: expected token ids .* got -100"
+    ),
     "prompts without prompt_ids": (
         lambda m: packed_loss(m, [virtual(3), virtual(4)], BATCH), "prompt_ids to choose among 2 prompts"
     ),

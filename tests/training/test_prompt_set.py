@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -283,7 +284,10 @@ def test_bf16_and_checkpointing_and_smoothing_are_those_of_the_members(tiny: Mod
         assert result.members[0].losses != pytest.approx(plain.losses, abs=1e-4)  # type: ignore[union-attr]
 
 
-def test_progress_shows_steps_and_members(tiny: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_shows_steps_and_members(
+    tiny: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     model = tiny.gpt2()
     made = [
         tiny.trainer(tmp_path / str(i), model, tiny.soft(model, i), max_steps=3, disable_tqdm=False) for i in range(2)

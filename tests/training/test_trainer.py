@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 import threading
 from pathlib import Path
 from types import ModuleType
@@ -299,8 +300,9 @@ def test_tensorboard_holds_the_numbers(tiny: ModuleType, tmp_path: Path) -> None
 
 
 def test_progress_bar_shows_loss_speed_and_remaining_time(
-    tiny: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     tiny.trainer(tmp_path / "a", max_steps=3, disable_tqdm=False).fit()
     shown = capsys.readouterr().err
     assert "3/3" in shown
@@ -309,6 +311,12 @@ def test_progress_bar_shows_loss_speed_and_remaining_time(
     assert "<" in shown  # elapsed<remaining
     tiny.trainer(tmp_path / "b", max_steps=3).fit()
     assert "step" not in capsys.readouterr().err
+
+
+def test_no_bar_is_drawn_into_a_file(tiny: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where standard error was a file or a pipe, every redraw of the bar stayed in it."""
+    tiny.trainer(tmp_path, max_steps=3, disable_tqdm=False).fit()
+    assert capsys.readouterr().err == ""
 
 
 def test_checkpoints_are_thinned_out_but_for_newest_and_best(tiny: ModuleType, tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ def _three_labels(tiny: ModuleType) -> Any:
     return SequenceClassificationTask(labels=("neg", "pos", "none"))
 
 
+def _larger_tokenizer(tiny: ModuleType) -> Any:
+    tokens = tiny.tokenizer()
+    tokens.add_tokens(["unheard", "novel"])
+    return tokens
+
+
 BAD: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
     "expected task, a task of ptengine.data, got str": lambda tiny: {"task": "classification"},
     "expected a ptengine prompt, got Parameter": lambda tiny: {"prompt": torch.nn.Parameter(torch.zeros(4, 16))},
@@ -77,6 +83,10 @@ BAD: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
     "train: expected at least one row": lambda tiny: {"train": []},
     "nowhere.csv: expected a file": lambda tiny: {"train": "nowhere.csv"},
     "expected columns? 'text'": lambda tiny: {"train": [{"review": "film", "label": "neg"}]},
+    r"train, row 0 .*expected token ids below 26, .*got 27: is the tokenizer the backbone's own": lambda tiny: {
+        "tokens": _larger_tokenizer(tiny),
+        "train": [{"text": "novel", "label": "neg"}],
+    },
     "expected warmup_steps of at most the run's 14 steps, got 15": lambda tiny: {
         "max_steps": -1,
         "num_train_epochs": 2,
@@ -128,6 +138,33 @@ def test_output_dir_that_is_a_file_is_refused(tiny: ModuleType, tmp_path: Path) 
     with pytest.raises(InputError, match="expected a directory to write to"):
         tiny.trainer(tmp_path / "out").fit()
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_refused_checkpoint_leaves_no_folder(tiny: ModuleType, tmp_path: Path) -> None:
+    """`fit(resume=path)` made the output folder before it looked at the checkpoint."""
+    checkpoint = tiny.trainer(tmp_path / "one", max_steps=2).fit().checkpoints[-1]
+    for resume, settings in ((tmp_path / "nowhere", {}), (checkpoint, {"learning_rate": 0.9}), (3, {})):
+        with pytest.raises(InputError, match=r"expected (a checkpoint folder|config learning_rate|resume as True)"):
+            tiny.trainer(tmp_path / "new" / "out", max_steps=2, **settings).fit(resume=resume)
+    assert not (tmp_path / "new").exists()
+
+
+def test_rows_that_were_cut_are_counted_in_a_warning(tiny: ModuleType, tmp_path: Path) -> None:
+    """`truncation=True` cut rows without a word: `EncodedSplit.truncated` was dropped."""
+    rows = [{"text": "film " * length, "label": "neg"} for length in (2, 20, 30)]
+    with pytest.warns(UserWarning, match="train: 2 of 3 rows were cut to 10 tokens"):
+        tiny.trainer(tmp_path, train=rows, max_length=10, truncation=True)
+
+
+def test_encoded_rows_are_taken_as_they_are(tiny: ModuleType, tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    rows = Dataset.from_list(tiny.rows(20))
+    encoded = tiny.words_task().encode(rows, tiny.tokenizer(), max_tokens=40)
+    plain = tiny.trainer(tmp_path / "a", train=rows, max_steps=3).fit()
+    assert tiny.trainer(tmp_path / "b", train=encoded, max_steps=3).fit().losses == plain.losses
+    with pytest.raises(InputError, match=r"train, row .*at most 5 tokens .*encoded before"):
+        tiny.trainer(tmp_path / "c", train=encoded, max_length=5)
 
 
 def test_two_runs_in_one_folder_are_refused(tiny: ModuleType, tmp_path: Path) -> None:

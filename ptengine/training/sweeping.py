@@ -133,9 +133,10 @@ def sweep(
     ]
     prompts = [make_prompt(config.seed) for config in configs]
     check_prompt(prompts[0], model)
-    room = room_for_text(backbone_spec(model), prompts[0], config.max_length)
+    spec = backbone_spec(model)
+    room = room_for_text(spec, prompts[0], config.max_length)
     train, held = (
-        encode(task, data, tokenizer, prompts[0], room, config.truncation, name)
+        encode(task, data, tokenizer, prompts[0], room, config.truncation, name, spec.vocab_size)
         for data, name in ((train_data, "train"), (eval_data, "eval"))
     )
     rates = [
