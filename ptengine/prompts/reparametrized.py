@@ -125,6 +125,7 @@ def fold_rows(facts: BackboneFacts, rows: Tensor) -> SoftPrompt:
     return folded
 
 
+@torch.enable_grad()
 def relative_rate(prompt: Reparametrized) -> float:
     """A learning rate for Adam that suits the embedding scale, whatever parameters the virtual tokens come from.
 

@@ -91,14 +91,18 @@ def test_the_packed_loss_and_its_gradients_are_the_stock_ones(make_model, family
 
 def test_rows_of_one_batch_have_the_offsets_of_their_own_prompt(gpt2):
     one, two, plain = make(gpt2), make(gpt2, max_length=6, seed=4), SoftPrompt(gpt2, 3)
+    pairs = [(one, 2), (two, 1), (plain, 0), (two, 0), (None, 1), (one, 2)]
+    order = [one, two, plain]
     with ptengine.patched(gpt2.requires_grad_(False)):
         together = packed_loss(
-            gpt2, [one.lower(), two.lower(), plain.lower()], pack_rows(ROWS[::-1] + ROWS, labels=LABELS[::-1] + LABELS),
-            prompt_ids=[0, 1, 2, 1, 2, 0],
+            gpt2, [prompt.lower() for prompt in order],
+            pack_rows([ROWS[row] for _, row in pairs], labels=[LABELS[row] for _, row in pairs]),
+            prompt_ids=[-1 if prompt is None else order.index(prompt) for prompt, _ in pairs],
         )  # fmt: skip
         total = 0.0
-        for prompt, row in ((one, 2), (two, 1), (plain, 0), (two, 0), (plain, 1), (one, 2)):
-            alone = packed_loss(gpt2, prompt.lower(), pack_rows([ROWS[row]], labels=[LABELS[row]]))
+        for prompt, row in pairs:
+            lowered = None if prompt is None else prompt.lower()
+            alone = packed_loss(gpt2, lowered, pack_rows([ROWS[row]], labels=[LABELS[row]]))
             total += alone.loss.item() * alone.num_labels
     assert together.loss.item() == pytest.approx(total / together.num_labels, rel=1e-5)
 
@@ -142,6 +146,7 @@ def test_generation_is_the_stock_computation(make_model, family):
     assert plain[:, -4:].tolist() != wanted
     mixed = ptengine.generate(model, [prompt, None, prompt], ROWS, max_new_tokens=4)
     assert mixed[[0, 2], -4:].tolist() == [wanted[0], wanted[2]]
+    assert torch.equal(mixed[1, -4:], ptengine.generate(model, None, ROWS[1:2], max_new_tokens=4)[0, -4:])
     beams = ptengine.generate(model, prompt, ROWS, max_new_tokens=4, num_beams=2)
     uncached = ptengine.generate(model, prompt, ROWS, max_new_tokens=4, num_beams=2, use_cache=False)
     assert torch.equal(beams, uncached)

@@ -67,6 +67,13 @@ def test_neither_the_global_random_state_nor_the_backbone_changes(gpt2, make):
     assert hash_of(gpt2) == before
 
 
+def test_it_is_made_where_no_gradients_are_wanted(gpt2, make):
+    with torch.no_grad():
+        prompt = make(gpt2)
+    assert prompt.default_learning_rate() == make(gpt2).default_learning_rate()
+    assert torch.equal(prompt.lower().embeds, make(gpt2).lower().embeds)
+
+
 def test_gradients_reach_every_trainable_parameter(gpt2, make):
     prompt = shaken(make(gpt2))
     prompt.lower().embeds.square().sum().backward()
