@@ -36,8 +36,9 @@ METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
 INITS = {"soft": "sampled_vocab", "prefix": "random"}
 
 _SET_HERE = (
-    "output_dir", "max_steps", "logging_steps", "disable_tqdm", "num_train_epochs", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
-    "greater_is_better", "early_stopping_patience", "report_to", "head_learning_rate",
+    "output_dir", "max_steps", "num_train_epochs", "logging_steps", "disable_tqdm", "eval_strategy", "eval_steps",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "report_to",
+    "head_learning_rate",
 )  # fmt: skip
 
 
