@@ -22,7 +22,9 @@ EXAMPLE = r"""  ptengine bank add --bank prompts --name phones --prompt out --da
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, title="actions")
+    actions = parser.add_subparsers(
+        dest="action", metavar="ACTION", required=True, title="actions", prog="ptengine bank"
+    )
     add = _action(actions, "add", "put a tuned prompt into a bank")
     add.add_argument("--prompt", metavar="DIR", required=True, help="output folder of ptengine tune or transfer")
     add.add_argument("--name", metavar="NAME", required=True, help="of the entry")
@@ -55,8 +57,9 @@ def run(args: argparse.Namespace) -> Outcome:
 
 def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = actions.add_parser(
-        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False
-    )
+        name, usage="%(prog)s [options]", help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+        allow_abbrev=False,
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
     parser.add_argument("--bank", metavar="DIR", required=True, help="folder of the bank")
     return parser

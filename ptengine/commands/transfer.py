@@ -34,11 +34,11 @@ EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train
 
 METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
 INITS = {"soft": "sampled_vocab", "prefix": "random"}
-STEPS = 60
 
 _SET_HERE = (
-    "output_dir", "num_train_epochs", "eval_strategy", "eval_steps", "load_best_model_at_end", "metric_for_best_model",
-    "greater_is_better", "early_stopping_patience", "report_to", "head_learning_rate",
+    "output_dir", "max_steps", "num_train_epochs", "logging_steps", "disable_tqdm", "eval_strategy", "eval_steps",
+    "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "report_to",
+    "head_learning_rate",
 )  # fmt: skip
 
 
@@ -81,6 +81,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="soft: virtual tokens before the text; prefix: keys and values in every layer (default: soft)",
     )  # fmt: skip
     prompt.add_argument("--num-virtual-tokens", type=whole(1), default=20, metavar="N", help="length (default: 20)")
+    prompt.add_argument(
+        "--steps", type=whole(1), default=60, metavar="N", help="optimiser steps on the target's shots (default: 60)"
+    )
     prompt.add_argument(
         "--source-steps", type=whole(1), default=200, metavar="N", help="optimiser steps on a source (default: 200)"
     )
@@ -130,10 +133,9 @@ def run(args: argparse.Namespace) -> Outcome:
             f"expected --output, a new or empty folder, got {str(output)!r}, which is "
             f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
         )
-    options = {"max_steps": STEPS, "logging_steps": 50, "disable_tqdm": True, **config_options(args)}
-    if options["max_steps"] < 1:
-        raise InputError(f"expected --max-steps of at least 1, got {options['max_steps']}")
-    training = TrainingConfig(output_dir=args.output, **options)
+    training = TrainingConfig(
+        output_dir=args.output, max_steps=args.steps, logging_steps=50, disable_tqdm=True, **config_options(args)
+    )
     settings = _settings(args, training.seed)
     task = _task(args.template, args.verbalizer, args.label_column)
     source_task = _task(

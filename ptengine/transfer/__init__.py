@@ -3,7 +3,8 @@
 1. `PromptBank` keeps tuned prompts with cards, and finds those that may help a target.
 2. `transfer` starts a target's prompt from them, trains it by a `Strategy`, and by a `Guard` keeps it only where
    held-out shots say that it helped.
-3. `transfer_measures` says how much a transfer was worth, with paired intervals.
+3. `domain_terms` and `attention_words` find a domain's words; `with_words` and `words_prompt` make prompts of them.
+4. `transfer_measures` says how much a transfer was worth, with paired intervals.
 """
 
 from ptengine.transfer.bank import BankEntry, Match, PromptBank, Search
@@ -14,6 +15,7 @@ from ptengine.transfer.measures import Interval, paired_interval, steps_to_reach
 from ptengine.transfer.run import TransferResult, transfer
 from ptengine.transfer.similarity import mean_token_cosine, task_vector_cosine, token_cosine
 from ptengine.transfer.strategies import Anchor, Distill, Guard, Initialize, Joint, Strategy
+from ptengine.transfer.words import PromptWord, attention_words, domain_terms, with_words, words_prompt
 
 __all__ = [
     "Anchor",
@@ -29,9 +31,12 @@ __all__ = [
     "Match",
     "PromptBank",
     "PromptCard",
+    "PromptWord",
     "Search",
     "Strategy",
     "TransferResult",
+    "attention_words",
+    "domain_terms",
     "identify",
     "mean_token_cosine",
     "paired_interval",
@@ -40,4 +45,6 @@ __all__ = [
     "token_cosine",
     "transfer",
     "transfer_measures",
+    "with_words",
+    "words_prompt",
 ]

@@ -36,7 +36,7 @@ def command(world: Any, folder: Path, names: tuple[str, str] = ("text", "label")
     target = write_csv(folder / "meals.csv", "meal", marks, names)
     return [
         "transfer", "--model", world.llama, "--source", source, "--target", target, "--shots", "4", "--folds", "2",
-        "--template", f"{{{names[0]}}} It was", "--num-virtual-tokens", "3", "--source-steps", "3", "--max-steps", "2",
+        "--template", f"{{{names[0]}}} It was", "--num-virtual-tokens", "3", "--source-steps", "3", "--steps", "2",
         "--per-device-train-batch-size", "4", "--scratch-rates", "1", "--output", str(folder / "out"),
     ]  # fmt: skip
 
@@ -96,7 +96,7 @@ def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], 
         (["--verbalizer", "good= fine,bad= poor", "--folds", "5"], "every label for 5 folds"),
         (["--verbalizer", "fine= fine,bad= poor"], "expected one of the labels"),
         (["--verbalizer", "good= fine,bad= poor", "--max-length", "5"], "truncation is off"),
-        (["--verbalizer", "good= fine,bad= poor", "--max-steps", "-1"], "--max-steps of at least 1"),
+        (["--verbalizer", "good= fine,bad= poor", "--steps", "0"], "whole number of at least 1"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(
