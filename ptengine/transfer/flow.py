@@ -250,11 +250,13 @@ class _Work:
         labels = [str(row[self.task.label_column]) for row in data.shots]
         folds(labels, len(labels), self.settings.guard.folds, self.training.seed)
         fresh = self.fresh()
-        room = room_for_text(backbone_spec(self.model), fresh, self.training.max_length)
+        spec = backbone_spec(self.model)
+        room = room_for_text(spec, fresh, self.training.max_length)
         named = [(self.task, "shots", data.shots), (self.task, "test", data.test)]
         named += [(self.source_task, f"source {name}", rows) for name, rows in data.sources.items()]
         for task, name, rows in named:
-            encode(task, rows, self.tokenizer, fresh, room, self.training.truncation, f"{name} after cleaning")
+            name = f"{name} after cleaning"
+            encode(task, rows, self.tokenizer, fresh, room, self.training.truncation, name, spec.vocab_size)
 
     def bank(self, bank: PromptBank, name: str, rows: Rows, folder: Path) -> None:
         """Tune a prompt on one source and bank it with its first numbers."""

@@ -122,7 +122,7 @@ class _Source:
         self.objective = make_objective(task, model, spec, tokenizer, config.bf16)
         self._task = task
         room = room_for_text(spec, prompt, config.max_length)
-        self._rows = encode(task, data, tokenizer, prompt, room, config.truncation, "source").rows
+        self._rows = encode(task, data, tokenizer, prompt, room, config.truncation, "source", spec.vocab_size).rows
         self._order = ShuffledBatches(len(self._rows), config.per_device_train_batch_size, config.seed)
         self._accumulation = config.gradient_accumulation_steps
 
