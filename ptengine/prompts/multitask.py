@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
@@ -74,7 +75,7 @@ class MultitaskPrompt(Reparametrized):
         init_text: str | None = None,
         class_labels: list[str] | None = None,
         array: Initial | None = None,
-        prompt: SoftPrompt | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
@@ -70,7 +71,7 @@ class ResidualPrompt(Reparametrized):
         init_text: str | None = None,
         class_labels: list[str] | None = None,
         array: Initial | None = None,
-        prompt: SoftPrompt | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:
