@@ -29,7 +29,7 @@ _VECTOR_STD = 0.02  # of the authors' code
 class MultitaskPrompt(Reparametrized):
     """P_k = P * (U_k V_k): a shared prompt P [P, d] times, element by element, U_k [P, r] V_k [r, d] of task k.
 
-    With r = 1 this is Wang et al.'s P* o (u_k v_k^T), section 3.1. `lower` gives the prompt of `task`, `lower_tasks`
+    With r = 1 this is Wang et al.'s P* o (u_k v_k^T). `lower` gives the prompt of `task`, `lower_tasks`
     those of all tasks, for a batch whose rows are of several tasks; `ptengine.training.multitask_loss` trains them.
     `fold` (and so `save`) keeps the prompt of one task. `for_target` starts a new task from what the old ones learned.
 

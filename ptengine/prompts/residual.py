@@ -25,7 +25,7 @@ BOTTLENECK_SIZE = 800
 
 @register("residual_prompt")
 class ResidualPrompt(Reparametrized):
-    """P' = P + LayerNorm(W_up ReLU(W_down P + b_down) + b_up), one network for all virtual tokens (section 3).
+    """P' = P + LayerNorm(W_up ReLU(W_down P + b_down) + b_up), one network for all virtual tokens.
 
     P, both layers and the normalisation are trained; `fold` (and so `save`) keeps P' alone. The start is the authors':
     P from sampled vocabulary, layers as PyTorch starts them, the normalisation's weight one and bias zero.
