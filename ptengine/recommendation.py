@@ -138,7 +138,7 @@ def _method(spec: BackboneSpec, task: Task, n_examples: int, parameters: int, re
         return because(
             "soft_prompt",
             "few examples: fewer numbers to learn, and a start at the words of the labels helps most where the model "
-            "is small",
+            "is small; a prefix may do as well, so try it too",
             _LESTER,
         )
     return because(
@@ -172,7 +172,7 @@ def _start(method: str, task: Task, count: int, reasons: list[Reason]) -> dict[s
                 "options",
                 "a random start, small on purpose; with few examples a text that describes the task is better: "
                 "init='text', on a causal model",
-                f"{_LI}, section 7.4",
+                _LI,
             )
         )
         return {"init": "random"}

@@ -26,7 +26,7 @@ class Cartridge(Prompt):
     """Keys and values [L, P, H_kv, D] that start as those of a text's first P tokens; the first f are never trained.
 
     The first token draws attention in every layer whatever it says, and training becomes unstable where it moves, so
-    f = 1 (section 3.2 of the paper). Trained by `ptengine.training.context_distillation_loss` a cartridge answers as
+    f = 1 as in the paper. Trained by `ptengine.training.context_distillation_loss` a cartridge answers as
     the model does that sees the whole text, at P tokens; a `ptengine.Trainer` trains it on rows as any other prompt.
     `fold` (and so `save`) keeps keys and values, as a `Prefix`.
 

@@ -37,8 +37,8 @@ class ContextPrompt(Reparametrized):
         context: the examples as pieces ``(kind, text)`` in order, kind ``"input"``, ``"format"`` (the template around
             an example) or ``"label"``. Pieces are tokenised one by one, without special tokens: write those you want.
         tokenizer: the model's tokenizer.
-        input_epsilon, format_epsilon: radii at a width of 2048; 0.1 as in the authors' code. Embeddings there have a
-            norm of about 1: another model's may want others.
+        input_epsilon, format_epsilon: radii at a width of 2048; 0.1 as in the authors' code. They are lengths, not
+            fractions: compare them with the norm of the model's embeddings.
 
     Attributes:
         delta: D, fp32 [P, d].

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
@@ -30,10 +31,10 @@ MAX_LENGTH, RANK, ALPHA = 256, 45, 8.0
 class DecomposedPrompt(Reparametrized):
     """[P; X + (alpha / sqrt(r)) A B]: virtual tokens P [P, d], and a low-rank offset of the text's own embeddings X.
 
-    Row i of A [S, r] B [r, d] is added to the embedding of the text's token i, whatever token that is (section 2.2 of
-    the paper), in training, evaluation, generation and attached calls alike. A starts uniform within 1/sqrt(r) (the
-    authors' Kaiming start), B at zero, so at first nothing is added. P and the pair learn at different rates:
-    `offset_rate_factor` times the learning rate is that of A and B.
+    Row i of A [S, r] B [r, d] is added to the embedding of the text's token i, whatever token that is, in training,
+    evaluation, generation and attached calls alike. A starts uniform within 1/sqrt(r) (the authors' Kaiming start), B
+    at zero, so at first nothing is added. P and the pair learn at different rates: `offset_rate_factor` times the
+    learning rate is that of A and B.
 
     `fold` is a copy: the offsets stand beside the text and cannot become virtual tokens. A text, new tokens included,
     has at most S tokens.
@@ -78,7 +79,7 @@ class DecomposedPrompt(Reparametrized):
         init_text: str | None = None,
         class_labels: list[str] | None = None,
         array: Initial | None = None,
-        prompt: SoftPrompt | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:

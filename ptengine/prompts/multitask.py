@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError
+from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
@@ -28,7 +29,7 @@ _VECTOR_STD = 0.02  # of the authors' code
 class MultitaskPrompt(Reparametrized):
     """P_k = P * (U_k V_k): a shared prompt P [P, d] times, element by element, U_k [P, r] V_k [r, d] of task k.
 
-    With r = 1 this is Wang et al.'s P* o (u_k v_k^T), section 3.1. `lower` gives the prompt of `task`, `lower_tasks`
+    With r = 1 this is Wang et al.'s P* o (u_k v_k^T). `lower` gives the prompt of `task`, `lower_tasks`
     those of all tasks, for a batch whose rows are of several tasks; `ptengine.training.multitask_loss` trains them.
     `fold` (and so `save`) keeps the prompt of one task. `for_target` starts a new task from what the old ones learned.
 
@@ -74,7 +75,7 @@ class MultitaskPrompt(Reparametrized):
         init_text: str | None = None,
         class_labels: list[str] | None = None,
         array: Initial | None = None,
-        prompt: SoftPrompt | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:

@@ -21,7 +21,7 @@ ENCODERS = ("LSTM", "MLP")
 
 @register("p_tuning")
 class PTuning(Reparametrized):
-    """P virtual tokens that an encoder makes of P pseudo tokens e_1 .. e_P (Liu et al. 2021, section 3.2).
+    """P virtual tokens that an encoder makes of P pseudo tokens e_1 .. e_P (Liu et al. 2021).
 
     With the LSTM: h_i = MLP([LSTM_forward(e_1..e_i) : LSTM_backward(e_i..e_P)]), where the MLP is
     Linear(2h, 2h) - ReLU - Linear(2h, d). With the MLP alone, which is PEFT's default:

@@ -70,7 +70,8 @@ class Prefix(Prompt):
         init_text: a text; with ``"text"`` only.
         array: tensor, ndarray or the path of a .npy file, floating point [2, L, P, H_kv, D], keys first; with
             ``"array"`` only.
-        prompt: another `Prefix` of the same backbone, or the directory of a saved one; with ``"prompt"`` only.
+        prompt: a prompt of the same backbone that is or folds to a `Prefix`, or the directory of a saved one; with
+            ``"prompt"`` only.
         tokenizer: the model's tokenizer; needed with ``"text"``, ignored by the others.
         seed: of ``"random"`` and of the MLP; the same seed gives the same prefix.
 
@@ -99,7 +100,7 @@ class Prefix(Prompt):
         projection_size: int = 512,
         init_text: str | None = None,
         array: Initial | None = None,
-        prompt: Prefix | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:
@@ -263,6 +264,8 @@ def _given_blocks(model: Any, spec: BackboneSpec, source: Any, init: str) -> Ten
         return blocks  # [2, L, P, H_kv, D]
     if isinstance(source, str | os.PathLike):
         source = load_prompt(source, model)
+    if isinstance(source, Prompt):
+        source = source.fold()
     if not isinstance(source, Prefix):
         raise InputError(f"expected prompt, a Prefix or the directory of one, got {type(source).__name__}")
     source.facts.require_same(backbone_facts(model), "the prompt to start from")

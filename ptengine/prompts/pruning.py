@@ -83,7 +83,7 @@ class PrunedPrompt(Reparametrized):
 
 
 def prune_tokens(prompt: SoftPrompt, scores: Tensor, keep: int, *, rewind_to: SoftPrompt | None = None) -> SoftPrompt:
-    """`prompt` with its `keep` most important virtual tokens, in their order (section 3.2, token level).
+    """`prompt` with its `keep` most important virtual tokens, in their order (the paper's token level).
 
     Args:
         prompt: the trained prompt.

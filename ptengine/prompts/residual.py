@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
@@ -24,7 +25,7 @@ BOTTLENECK_SIZE = 800
 
 @register("residual_prompt")
 class ResidualPrompt(Reparametrized):
-    """P' = P + LayerNorm(W_up ReLU(W_down P + b_down) + b_up), one network for all virtual tokens (section 3).
+    """P' = P + LayerNorm(W_up ReLU(W_down P + b_down) + b_up), one network for all virtual tokens.
 
     P, both layers and the normalisation are trained; `fold` (and so `save`) keeps P' alone. The start is the authors':
     P from sampled vocabulary, layers as PyTorch starts them, the normalisation's weight one and bias zero.
@@ -70,7 +71,7 @@ class ResidualPrompt(Reparametrized):
         init_text: str | None = None,
         class_labels: list[str] | None = None,
         array: Initial | None = None,
-        prompt: SoftPrompt | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:

@@ -61,7 +61,8 @@ class SoftPrompt(Prompt):
         init_text: a text; with ``"text"`` only.
         class_labels: at most P strings; with ``"class_labels"`` only.
         array: tensor, ndarray or the path of a .npy file, floating point [P, d]; with ``"array"`` only.
-        prompt: another `SoftPrompt` of the same backbone, or the directory of a saved one; with ``"prompt"`` only.
+        prompt: a prompt of the same backbone that is or folds to a `SoftPrompt`, or the directory of a saved one; with
+            ``"prompt"`` only.
         tokenizer: the model's tokenizer; needed with ``"text"`` and ``"class_labels"``, ignored by the others but for
             ``"sampled_vocab"``, to which it names the special tokens (else the model's configuration does).
         seed: of ``"random"`` and the sampling; the same seed gives the same prompt.
@@ -85,7 +86,7 @@ class SoftPrompt(Prompt):
         init_text: str | None = None,
         class_labels: list[str] | None = None,
         array: Initial | None = None,
-        prompt: SoftPrompt | str | os.PathLike[str] | None = None,
+        prompt: Prompt | str | os.PathLike[str] | None = None,
         tokenizer: Any | None = None,
         seed: int = 0,
     ) -> None:
@@ -178,6 +179,8 @@ def _given_rows(model: Any, spec: BackboneSpec, source: Any, init: str) -> Tenso
         return rows  # [P, d]
     if isinstance(source, str | os.PathLike):
         source = load_prompt(source, model)
+    if isinstance(source, Prompt):
+        source = source.fold()
     if not isinstance(source, SoftPrompt):
         raise InputError(f"expected prompt, a SoftPrompt or the directory of one, got {type(source).__name__}")
     source.facts.require_same(backbone_facts(model), "the prompt to start from")

@@ -29,7 +29,7 @@ class ULPTPrompt(Reparametrized):
     Args:
         model: the frozen transformers model; read once, not kept.
         num_virtual_tokens: P, from 1 to one less than the positions of the model; None means 20.
-        rank: r; 2 as in the authors' code (the paper goes up to 256).
+        rank: r; 2 as in the authors' code (larger ones, such as 64, are the paper's best).
         projection_seed: of R; None means `seed`. Prompts that share it differ in P*r + 2d numbers only.
         seed: of Z.
 

@@ -47,7 +47,7 @@ def context_distillation_loss(
 
     p is what the model predicts behind the whole text (`text_prefix`), q what it predicts behind the prompt, both over
     the whole vocabulary; which token is the label does not matter, only where one stands. With k the vocabulary this
-    is KL[p || q]; Eyuboglu et al. 2025 (arXiv 2506.06266, section 3.2) keep a few tokens, which hold nearly all of p.
+    is KL[p || q]; Eyuboglu et al. 2025 (arXiv 2506.06266) keep a few tokens, which hold nearly all of p.
 
     Args:
         model: a patched causal model with an LM head whose parameters are frozen.

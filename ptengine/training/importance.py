@@ -36,7 +36,7 @@ class Importance:
 
 
 def prompt_importance(model: Any, prompt: Prompt, batches: Iterable[PackedBatch], num_pieces: int = 16) -> Importance:
-    """Importance of a prompt's tokens and pieces (Ma et al. 2022, arXiv 2210.04457, equations 4 and 6).
+    """Importance of a prompt's tokens and pieces (Ma et al. 2022, arXiv 2210.04457).
 
     I = E_x |dL(x)/dg| at g = 1, with a factor g for every token and one for every piece (the d elements of a token in
     `num_pieces` equal parts), L(x) the mean cross-entropy of the labels of row x. Every row gets a copy of the prompt,

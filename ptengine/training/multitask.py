@@ -32,7 +32,7 @@ def multitask_loss(
     teachers: Sequence[Prompt] | None = None,
     distillation_weight: float = 0.9,
 ) -> Tensor:
-    """Source training of MPT (Wang et al. 2023, arXiv 2303.02861, equations 2 to 5), a scalar for `backward`.
+    """Source training of MPT (Wang et al. 2023, arXiv 2303.02861), a scalar for `backward`.
 
     Without teachers the mean cross-entropy of the labels, each row behind the prompt of its task. With them
     L = CE + lambda * (KL + MSE): KL[teacher || student] between the distributions over the vocabulary, and the mean

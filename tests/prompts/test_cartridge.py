@@ -78,6 +78,13 @@ def test_save_keeps_the_prefix_and_what_is_trained(gpt2, cartridge, tmp_path):
     assert whole.default_learning_rate() == cartridge.default_learning_rate() == 0.03
 
 
+def test_a_prefix_starts_from_it(gpt2, cartridge):
+    start = Prefix(gpt2, init="prompt", prompt=shaken(cartridge))
+    assert torch.equal(start.values, cartridge.lower().values)
+    with pytest.raises(InputError, match="a SoftPrompt or the directory of one, got Prefix"):
+        SoftPrompt(gpt2, init="prompt", prompt=cartridge)
+
+
 def test_it_trains_with_the_trainer_and_resumes_exactly(gpt2, tokenizer, tmp_path):
     task = ClassificationTask(Template("{text} is"), Verbalizer({"good": " good", "bad": " bad"}))
 

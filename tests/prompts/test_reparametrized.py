@@ -131,6 +131,14 @@ def test_save_keeps_the_folded_prompt_and_what_is_trained(gpt2, tmp_path, make):
         assert torch.equal(whole.lower().embeds, embeds)
 
 
+def test_a_soft_prompt_starts_from_it(gpt2, tmp_path, make):
+    prompt = shaken(make(gpt2))
+    prompt.save(tmp_path, folded=False)
+    for source in (prompt, tmp_path):
+        start = SoftPrompt(gpt2, init="prompt", prompt=source)
+        assert torch.equal(start.embeds, prompt.fold().embeds)
+
+
 def test_a_prompt_saved_whole_trains_on(gpt2, tmp_path, make):
     shaken(make(gpt2)).save(tmp_path, folded=False)
     loaded = load_prompt(tmp_path, gpt2)
