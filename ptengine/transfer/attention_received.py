@@ -100,7 +100,8 @@ def attention_received(model: Any, input_ids: Sequence[int], layers: Sequence[in
 
 @contextmanager
 def _recording(model: nn.Module, recorded: dict[int, Tensor]) -> Iterator[None]:
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), "_attn_implementation")}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, "_attn_implementation")}
     before = [(config, config._attn_implementation) for config in configs.values()]
     token = _RECORDED.set(recorded)
     try:

@@ -15,7 +15,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -27,7 +28,7 @@ from ptengine.errors import InputError
 from ptengine.files import make_directory, write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.io import load_prompt, read_prompt
-from ptengine.training.folders import write_folder
+from ptengine.training.folders import clean_leftovers, exclusive, write_folder
 from ptengine.training.preparation import DataSource, check_prompt
 from ptengine.transfer.cards import PromptCard, checked_metrics, data_facts
 from ptengine.transfer.identity import BackboneIdentity, identify
@@ -181,19 +182,17 @@ class PromptBank:
             write_json_atomic(folder / CARD_NAME, card.to_json())
 
         make_directory(self.path)
-        try:
-            write_folder(where, write)
-        except OSError as error:
+        with self._held():
             if where.exists() and not replace:  # added by another process meanwhile
-                raise InputError(
-                    f"expected a name that is free in the bank, got {name!r}, which just came in"
-                ) from error
-            raise
+                raise InputError(f"expected a name that is free in the bank, got {name!r}, which just came in")
+            write_folder(where, write)
         return BankEntry(where, card)
 
     def remove(self, name: str) -> None:
         """Delete the entry called `name`; raises as `entry`."""
-        shutil.rmtree(self.entry(name).path)
+        entry = self.entry(name)
+        with self._held():
+            shutil.rmtree(entry.path)
 
     def entry(self, name: str) -> BankEntry:
         """The entry called `name`.
@@ -304,6 +303,23 @@ class PromptBank:
                 except InputError as error:
                     raise InputError(f"cannot compare {one!r} with {other!r}: {error}") from error
         return table
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Change the bank alone; what a killed change left behind is put right first.
+
+        Raises:
+            InputError: another process is changing it now.
+        """
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(exclusive(self.path))
+            except InputError as error:
+                raise InputError(
+                    f"expected the bank {str(self.path)!r} to be free, but another process is changing it now"
+                ) from error
+            clean_leftovers(self.path)
+            yield
 
     def _names(self) -> Sequence[str]:
         if not self.path.is_dir():

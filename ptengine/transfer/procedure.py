@@ -155,7 +155,7 @@ class Procedure:
         if wanted.measure == "task_vector_cosine":
             initial = self.usable()[0].load_initial(self.model, self.tokenizer)
             probe = start_from(self.model, initial)
-        self.trainer(probe, rows, folder / "probe", None, None, None).fit(resume=True)
+        self.trainer(probe, rows, folder / "probe", probe.default_learning_rate(), None, None).fit(resume=True)
         return self.bank.search(measure=wanted.measure, prompt=probe, initial=initial, **asked)
 
     def combine(self, search: Search) -> tuple[Prompt, dict[str, float]]:

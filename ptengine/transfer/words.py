@@ -252,7 +252,8 @@ def _thinned(ranked: Sequence[PromptWord]) -> list[PromptWord]:
 def _diverse(ranked: Sequence[PromptWord], vectors: Tensor, top_k: int, diversity: float) -> list[PromptWord]:
     likeness = vectors @ vectors.T  # [n, n]
     most = max(word.score for word in ranked)
-    left, taken = list(range(len(ranked))), []
+    left = list(range(len(ranked)))
+    taken: list[int] = []
     while left and len(taken) < top_k:
 
         def worth(i: int) -> float:

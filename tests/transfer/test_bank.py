@@ -14,6 +14,7 @@ import torch
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt
 from ptengine.training import evaluate
+from ptengine.training.folders import exclusive
 from ptengine.transfer import PromptBank
 from ptengine.transfer.identity import tokenizer_sha256
 
@@ -84,12 +85,26 @@ def test_a_failed_write_leaves_the_bank_as_it_was(
         for name, replace in (("a", True), ("b", False)):
             with pytest.raises(OSError, match="No space"):
                 add(bank, tiny, name, tiny.soft(model, 2), model, replace=replace)
-    assert [path.name for path in (tmp_path / "bank").iterdir()] == ["a"]
+    assert sorted(path.name for path in (tmp_path / "bank").iterdir()) == [".lock", "a"]
     assert torch.equal(bank.entry("a").load(model, tiny.tokenizer()).embeds, tiny.soft(model, 1).embeds)
     add(bank, tiny, "a", tiny.soft(model, 2), model, replace=True)
     assert torch.equal(bank.entry("a").load(model, tiny.tokenizer()).embeds, tiny.soft(model, 2).embeds)
     bank.remove("a")
     assert bank.list() == ()
+
+
+def test_what_a_killed_change_left_behind_is_put_right(tiny: ModuleType, tmp_path: Path) -> None:
+    """A kill between the two renames of a replacement leaves the old entry aside and none in its place."""
+    model, bank = tiny.gpt2(), PromptBank(tmp_path)
+    entry = add(bank, tiny, "a", tiny.soft(model, 1), model)
+    entry.path.rename(tmp_path / ".old-a-12345678")
+    (tmp_path / ".tmp-a-12345678").mkdir()
+    assert bank.list() == ()
+    add(bank, tiny, "b", tiny.soft(model, 2), model)
+    assert [one.name for one in bank.list()] == ["a", "b"]
+    assert not list(tmp_path.glob(".tmp-*"))
+    with exclusive(tmp_path), pytest.raises(InputError, match="another process is changing it"):
+        bank.remove("a")
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "a/b", "../a", "x" * 81, 3])

@@ -15,7 +15,7 @@ import torch
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
-from ptengine.transfer import Anchor, Guard, Initialize, Joint, PromptBank, Strategy, transfer
+from ptengine.transfer import Anchor, Distill, Guard, Initialize, Joint, PromptBank, Strategy, transfer
 
 SETTINGS = TrainingConfig(
     output_dir="unset", max_steps=4, per_device_train_batch_size=4, disable_tqdm=True, seed=3, save_steps=2
@@ -51,7 +51,9 @@ def world(tiny: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def test_with_a_guard_everything_is_scored_and_left_behind(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = world.run(output, guard=Guard(folds=2, scratch_rates=(1.0, 0.5)))
+    before = {name: tensor.clone() for name, tensor in world.model.state_dict().items()}
+    result = world.run(output, guard=Guard(folds=2, scratch_rates=(1.0, 0.5)), strategy=Strategy(distill=Distill()))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in world.model.state_dict().items())
     assert set(result.candidates) == {"transferred", "source", "scratch"}
     assert set(result.runs) == {"transferred", "scratch"}
     decision = result.decision
