@@ -3,6 +3,7 @@
 Knows nothing of how prompts are trained, of tasks or of data files.
 """
 
+from ptengine.backbone.encoders import encoder_hidden, masked_lm_loss, sequence_logits, token_logits
 from ptengine.backbone.generation import generate
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_padded, pack_rows
@@ -15,7 +16,6 @@ from ptengine.backbone.step import (
     label_hidden,
     label_log_probs,
     packed_loss,
-    sequence_logits,
 )
 from ptengine.backbone.support import SupportReport, supports
 
@@ -31,10 +31,12 @@ __all__ = [
     "VirtualTokens",
     "backbone_spec",
     "capture_prefix",
+    "encoder_hidden",
     "generate",
     "is_patched",
     "label_hidden",
     "label_log_probs",
+    "masked_lm_loss",
     "pack_padded",
     "pack_rows",
     "packed_loss",
@@ -42,5 +44,6 @@ __all__ = [
     "patched",
     "sequence_logits",
     "supports",
+    "token_logits",
     "unpatch",
 ]

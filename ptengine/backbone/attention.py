@@ -7,7 +7,8 @@ survives gradient checkpointing and belongs to one call of one thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from ptengine.backbone import last_layer
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 
-__all__ = ["IMPLEMENTATION", "KEYWORD", "Observed", "PrefixContext", "packed_attention"]
+__all__ = ["IMPLEMENTATION", "KEYWORD", "PLACES", "Observed", "PrefixContext", "packed_attention"]
 
 IMPLEMENTATION = "ptengine"  # the name under which both functions are registered with transformers
 KEYWORD = "ptengine_prefix"  # the keyword of the model call
+PLACES = "_ptengine_layers"  # attribute of an attention module: its layers, where the trial forward had to find them
 
 # Keywords that families hand through to attention and that do not change a score. Any other is refused: it may.
 _HARMLESS = frozenset({
@@ -42,7 +44,7 @@ class Observed:
 
     Attributes:
         module: the attention module.
-        layer: its index.
+        layer: its index, -1 where the module does not say.
         key: (H_kv, D).
         value: (H_kv, D_v).
         num_heads: H.
@@ -89,6 +91,7 @@ class PrefixContext:
         hidden_rows: int64 [n] ascending: the packed positions whose last hidden state is wanted, None for all.
         captured: where to put each layer's keys and values [T, H_kv, D] of a packed call, by layer.
         observed: where to put what each layer handed to attention, in the order of the calls.
+        visits: how often each module that serves several layers was called.
     """
 
     keys: tuple[Tensor, ...] | None = None
@@ -102,6 +105,7 @@ class PrefixContext:
     hidden_rows: Tensor | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
     observed: list[Observed] | None = None
+    visits: Counter[nn.Module] = field(default_factory=Counter)
 
     def prefix(self, layer: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """[N, P, H_kv, D] of one layer, in the dtype of the call."""
@@ -145,7 +149,7 @@ def _attention(
         # As the stock SDPA under autocast: rotary embeddings leave float32 queries and keys beside bf16 values.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if context.cu_seqlens is None:
-        prefix_k, prefix_v = context.prefix(module.layer_idx, query.dtype)  # type: ignore[arg-type]
+        prefix_k, prefix_v = _prefix(module, context, query.dtype)
         out = prefix_attention(
             query, key, value, prefix_k, prefix_v,
             key_starts=_per_row(context.key_starts, query.shape[0]),
@@ -226,11 +230,9 @@ def _refuse_changed_mask(mask: Tensor | None) -> None:
 
 def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, rules: _Rules) -> Observed:
     layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int):
-        raise UnsupportedModelError("its attention modules do not say which layer they are in")
     return Observed(
         module=module,
-        layer=layer,
+        layer=layer if isinstance(layer, int) else -1,
         key=(k.shape[1], k.shape[2]),
         value=(v.shape[1], v.shape[2]),
         num_heads=q.shape[1],
@@ -283,11 +285,10 @@ def _packed(
     causal: bool,
     rules: _Rules,
 ) -> Tensor:
-    layer: int = module.layer_idx  # type: ignore[assignment]
     assert context.cu_seqlens is not None
     if context.captured is not None:
-        context.captured[layer] = (k, v)
-    prefix_k, prefix_v = context.prefix(layer, q.dtype)
+        context.captured[_layer(module, context)] = (k, v)
+    prefix_k, prefix_v = _prefix(module, context, q.dtype)
     out = prefix_attention_varlen(
         q, k, v, prefix_k, prefix_v, context.cu_seqlens, context.max_seqlen,
         prompt_ids=context.prompt_ids, prefix_rows=context.prefix_rows, prefix_lengths=context.prefix_lengths,
@@ -295,6 +296,30 @@ def _packed(
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _prefix(module: nn.Module, context: PrefixContext, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    if context.keys is None:
+        return None, None
+    return context.prefix(_layer(module, context), dtype)
+
+
+def _layer(module: nn.Module, context: PrefixContext) -> int:
+    """Which layer `module` is, or is this time: ALBERT's layers share one."""
+    places: tuple[int, ...] | None = getattr(module, PLACES, None)
+    if places is None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        return layer
+    if len(places) == 1:
+        return places[0]
+    visit = context.visits[module]
+    if visit == len(places):
+        raise InputError(
+            "expected no gradient checkpointing with a prefix in a model whose layers share their weights: layers that "
+            "run again do not say which of them they are"
+        )
+    context.visits[module] += 1
+    return places[visit]
 
 
 def _per_row(x: Tensor | None, batch: int) -> Tensor | None:

@@ -104,6 +104,10 @@ class Prefix(Prompt):
         seed: int = 0,
     ) -> None:
         spec = backbone_spec(model)
+        if spec.no_prefix is not None:
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is not supported by Prefix: {spec.no_prefix}; a SoftPrompt works"
+            )
         if spec.value_dim != spec.head_dim:
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported by Prefix: its values are {spec.value_dim} wide and "
