@@ -18,7 +18,7 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r"hidden_size_per_layer_input", 8),
     (r"hidden_size|n_embd|d_model|dim|embed_dim|word_embed_proj_dim|embedding_size|model_dim|emb_dim", 64),
     (r"num_kv_shared_layers|num_nextn_predict_layers|first_k_dense_replace|moe_layer_start_index", 0),
-    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers", 2),
+    (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|num_encoder_layers", 2),
     (r"encoder_layers", 1),
     (r"num_attention_heads|n_heads?|num_heads|decoder_attention_heads|encoder_attention_heads", 4),
     (r"num_key_value_heads|num_kv_heads|num_global_key_value_heads|kv_n_heads", 2),
@@ -49,7 +49,7 @@ BESIDES: dict[str, dict[str, Any]] = {
     "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "visual_embed": False},
     "xmod": {"default_language": "en_XX"},
 }
-PARTS = ("text_config",)  # of multimodal configurations, shrunken likewise
+PARTS = ("text_config", "encoder", "decoder")  # of configurations of several parts, shrunken likewise
 
 
 def small_config(model_type: str) -> Any:

@@ -32,6 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import family_causal
 import family_encoder
+import family_seq2seq
 import torch
 import transformers
 from family_numbers import BOUND, brief
@@ -45,7 +46,7 @@ SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
 MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
 SEQUENCE = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-CHECKS = {"causal": family_causal.check, "encoder": family_encoder.check}
+CHECKS = {"causal": family_causal.check, "encoder": family_encoder.check, "seq2seq": family_seq2seq.check}
 
 
 def families(kind: str) -> list[str]:

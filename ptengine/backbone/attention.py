@@ -50,6 +50,7 @@ class Observed:
         num_heads: H.
         causal: whether a token sees only what stands before it.
         window, softcap, sinks: the rules its scores follow, None and False where it has none.
+        lengths: (Tq, Tk), queries and keys of the call.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class Observed:
     window: int | None
     softcap: float | None
     sinks: bool
+    lengths: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ class PrefixContext:
         prefix_rows: int32 [rows]: the row of the packed batch that each row reads, -1 for none.
         cu_seqlens: int32 [rows + 1] of a packed call.
         max_seqlen: longest row of a packed call.
+        empty_slots: of a stock batch with a cache, how many slots before its own the cache holds that are nothing but
+            room for the prefix, by which the stock model counts its positions and biases.
         key_starts: int32 [B], the first key that is a token in each row of a left-padded stock batch.
         hidden_rows: int64 [n] ascending: the packed positions whose last hidden state is wanted, None for all.
         captured: where to put each layer's keys and values [T, H_kv, D] of a packed call, by layer.
@@ -101,6 +105,7 @@ class PrefixContext:
     prefix_rows: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    empty_slots: int = 0
     key_starts: Tensor | None = None
     hidden_rows: Tensor | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
@@ -131,8 +136,16 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, [B, Tq, H, D_v]."""
     context = ptengine_prefix
+    if context is not None and context.cu_seqlens is None and context.observed is not None:
+        rules = _Rules(sliding_window if isinstance(sliding_window, int) else None, softcap, s_aux)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [Tq, H, D], [Tk, H_kv, D] ...
+        context.observed.append(_observe(module, q, k, v, _is_causal(module, is_causal), rules))
+        context = None
+    if context is not None and getattr(module, PLACES, None) == ():
+        context = None  # of an encoder-decoder, an encoder's attention or one to the encoder, which no prefix changes
     last_layer.announce(module, None if context is None else context.hidden_rows)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    # A decoder behind empty slots is causal, also where its modules leave that to the mask.
+    causal = bool(context is not None and context.empty_slots) or _is_causal(module, is_causal)
     if context is None:
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
@@ -142,6 +155,7 @@ def _attention(
         return _eager(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux), None
     if sliding_window is _UNTOLD:  # some families tell their mask alone; None is a layer without a window
         sliding_window = getattr(module, "sliding_window", None)
+    relative_bias = _relative_bias(kwargs.pop("position_bias", None)) if context.empty_slots else None
     rules = _rules(sliding_window, softcap, s_aux, kwargs)
     _check_dropout(dropout)
     device = query.device.type
@@ -150,11 +164,18 @@ def _attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if context.cu_seqlens is None:
         prefix_k, prefix_v = _prefix(module, context, query.dtype)
+        own = slice(context.empty_slots, None)
+        if context.empty_slots and key.shape[2] != context.empty_slots + query.shape[2]:
+            raise InputError(
+                "expected no gradient checkpointing with a prefix in an encoder-decoder: layers that run again are "
+                "given no cache, by which they count their positions"
+            )
         out = prefix_attention(
-            query, key, value, prefix_k, prefix_v,
+            query, key[:, :, own], value[:, :, own], prefix_k, prefix_v,
             key_starts=_per_row(context.key_starts, query.shape[0]),
             prompt_ids=None if prefix_k is None else _per_row(context.prompt_ids, query.shape[0]),
-            prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling, **rules.keywords(),
+            prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling, relative_bias=relative_bias,
+            **rules.keywords(),
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None  # [B, Tq, H, D_v]
@@ -191,6 +212,23 @@ def packed_attention(
     last_layer.announce(module, context.hidden_rows)
     _check_dropout(dropout)
     return _packed(module, q, k, v, context, scale, True, _rules(sliding_window, None, None, {}))
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _relative_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias [1, H, T, P + T] of T5 by distance alone: [H, 2 R + 1] with R = P + T - 1.
+
+    The last query sees every distance back to -R, the first one those ahead, which nothing causal reads.
+    """
+    if bias is None:
+        return None
+    heads, length, seen = bias.shape[1:]
+    ahead = bias[0, :, 0, seen - length + 1 :]  # [H, T - 1]
+    beyond = bias.new_zeros(heads, seen - length)  # [H, P]
+    return torch.cat([bias[0, :, -1], ahead, beyond], dim=1)  # [H, 2 (P + T) - 1]
 
 
 def _check_dropout(dropout: float) -> None:
@@ -240,6 +278,7 @@ def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, r
         window=rules.window,
         softcap=rules.softcap,
         sinks=rules.sinks is not None,
+        lengths=(q.shape[0], k.shape[0]),
     )
 
 

@@ -43,9 +43,7 @@ def layer_kinds(config: Any) -> list[str] | None:
 
 def refusal(config: Any) -> str | None:
     """Why a model of this configuration is not served, or None."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, whose prompts and cross-attention need a path of their own"
-    if getattr(config, "add_cross_attention", False):
+    if getattr(config, "add_cross_attention", False) and not getattr(config, "is_encoder_decoder", False):
         return "it has cross-attention, whose keys are not the prompt's"
     if getattr(config, "text_config", None) is not None:
         return "it is a multimodal wrapper; its language model alone (`text_config`) may be served"

@@ -19,7 +19,16 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ptengine.errors import UnsupportedModelError
 
-__all__ = ["PreparedForward", "answering", "head_output", "is_answered", "pooled", "pooling_of"]
+__all__ = [
+    "NarrowedHead",
+    "PreparedForward",
+    "answering",
+    "head_output",
+    "is_answered",
+    "narrowed_to",
+    "pooled",
+    "pooling_of",
+]
 
 Pooling = Literal["module", "first_token"]
 
@@ -82,6 +91,39 @@ def is_answered(base: nn.Module) -> bool:
     """Whether a call of `base` in this thread is answered."""
     answer = _answer.get()
     return answer is not None and answer[0] is base
+
+
+class NarrowedHead:
+    """Lets an LM head run on the hidden states that are wanted alone; `remove` takes it out again."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.handle = head.register_forward_pre_hook(_narrow)
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+
+# The positions among B * T that LM heads run on in this thread, int64 [n], and whether one did.
+_wanted: ContextVar[tuple[Tensor, list[bool]] | None] = ContextVar("ptengine_head_wanted", default=None)
+
+
+def _narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    wanted = _wanted.get()
+    if wanted is None:
+        return None
+    wanted[1].append(True)
+    return (args[0].flatten(0, -2)[wanted[0]][None], *args[1:])  # [1, n, d]
+
+
+@contextmanager
+def narrowed_to(rows: Tensor) -> Iterator[list[bool]]:
+    """Inside the block LM heads with a `NarrowedHead` run on the positions `rows` int64 [n] of B * T alone."""
+    ran: list[bool] = []
+    token = _wanted.set((rows, ran))
+    try:
+        yield ran
+    finally:
+        _wanted.reset(token)
 
 
 def head_output(model: Any, base: nn.Module, pooling: Pooling | None, hidden: Tensor, mask: Tensor) -> Tensor:

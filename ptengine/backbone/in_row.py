@@ -67,13 +67,15 @@ def dense_slots(lengths: Tensor) -> tuple[Tensor, Tensor]:
     return mask.flatten().nonzero()[:, 0], mask.long()
 
 
-def stock_hidden(base: Any, embeds: Tensor, **call: Any) -> Tensor:
+def stock_hidden(base: Any, embeds: Tensor | None = None, **call: Any) -> Tensor:
     """Last hidden states [B, T, d] of a model without its head on input embeddings [B, T, d], without a cache."""
+    if embeds is not None:
+        call["inputs_embeds"] = embeds
     try:
-        out = base(inputs_embeds=embeds, use_cache=False, **call)
+        out = base(use_cache=False, **call)
     except TypeError as error:  # of models that never have one
         if "use_cache" not in str(error):
             raise
-        out = base(inputs_embeds=embeds, **call)
+        out = base(**call)
     hidden: Tensor = out.last_hidden_state
     return hidden

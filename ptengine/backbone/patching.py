@@ -8,7 +8,7 @@ encoders under a head and of modules that have faster equals. No class is touche
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,11 +18,11 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ptengine.backbone import families, last_layer, proof
+from ptengine.backbone import families, last_layer, proof, seq2seq_proof
 from ptengine.backbone.activations import fuse_activations
 from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PLACES, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
-from ptengine.backbone.heads import PreparedForward
+from ptengine.backbone.heads import NarrowedHead, PreparedForward
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
@@ -31,6 +31,7 @@ __all__ = ["eval_mode", "is_patched", "patch", "patched", "require_patched", "un
 
 _STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"
+_NO_SEQ2SEQ_GENERATION = "an encoder-decoder does not generate behind a prompt yet"
 _patched_models: WeakSet[Any] = WeakSet()
 
 # The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B]).
@@ -68,6 +69,8 @@ def patch(model: Any) -> Any:
     spec = config_spec(model)
     if is_proven(model.config):
         return _install(model, spec, None, None)
+    if spec.kind == "seq2seq":
+        return _install_seq2seq(model, spec)
     facts, stock = proof.known(model), None
     if facts is None:
         stock = _stock_rows(model, spec, _implementations(model))
@@ -134,6 +137,78 @@ def _install_in_row(model: Any, spec: BackboneSpec, facts: proof.Facts, stock: S
         unpatch(model)
         raise
     return model
+
+
+def _install_seq2seq(model: Any, spec: BackboneSpec) -> Any:
+    """Prepare an encoder-decoder: its LM head, and its decoder's self-attention where a prefix is served exactly."""
+    if spec.lm_head is None:
+        raise refuse(spec, "it is an encoder-decoder without an LM head")
+    facts, implementations = proof.known(model), _implementations(model)
+    stock = None
+    if facts is None:
+        with _stock(implementations), _quietly(model, spec):
+            stock = seq2seq_proof.stock_pairs(model, spec)
+        facts = proof.Facts("seq2seq", spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim, path="in_row")
+    state = _begin(model, facts.into(spec), [])
+    state.handles.append(NarrowedHead(spec.lm_head))
+    try:
+        if stock is None:
+            if facts.path == "shared":
+                _route(model, state, implementations)
+        else:
+            with _quietly(model, spec):
+                facts = seq2seq_proof.compare_soft(model, state.spec, stock, facts)
+                facts = _prove_prefix(model, state, facts, stock, implementations)
+            proof.remember(model, facts)
+        state.spec = facts.into(spec)
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def _route(model: Any, state: _State, implementations: list[tuple[Any, str | None]]) -> list[Observed]:
+    """Route attention through ptengine and tell the decoder's self-attention which layers it is."""
+    state.implementations = implementations
+    for config, _ in implementations:
+        config._attn_implementation = IMPLEMENTATION
+    with eval_mode(model):
+        observed = seq2seq_proof.observe(model, state.spec)
+    own = seq2seq_proof.own_attention(observed)
+    places = [replace(one, layer=index) for index, one in enumerate(own)]
+    mine = {one.module for one in own}
+    state.handles.append(_Places(places, {one.module for one in observed} - mine))
+    return observed
+
+
+def _prove_prefix(
+    model: Any,
+    state: _State,
+    facts: proof.Facts,
+    stock: seq2seq_proof.StockPairs,
+    implementations: list[tuple[Any, str | None]],
+) -> proof.Facts:
+    """Hold a prefix through the shared path to the stock model; the model stays as it came where that fails."""
+    spec, handles = state.spec, list(state.handles)
+    try:
+        found = seq2seq_proof.prefix_facts(spec, _route(model, state, implementations))
+        found = replace(found, pads=facts.pads, no_generation=_NO_SEQ2SEQ_GENERATION)
+        prefix = seq2seq_proof.trial_prefix(spec, found)
+        with _stock(implementations):
+            expected = seq2seq_proof.stock_prefix(model, spec, stock, prefix)
+        state.spec = found.into(spec)
+        seq2seq_proof.compare_prefix(model, state.spec, stock, prefix, expected)
+        found = seq2seq_proof.compare_soft(model, state.spec, stock, found)  # through the attention of a prefix, too
+    except Exception as error:
+        for handle in state.handles[len(handles) :]:
+            handle.remove()
+        state.handles, state.implementations = handles, []
+        for config, before in implementations:
+            config._attn_implementation = before
+        why = str(error).removeprefix(str(refuse(spec, ""))) if isinstance(error, UnsupportedModelError) else None
+        why = why or f"a trial step behind a prefix failed ({first_line(error)})"
+        return replace(facts, why_in_row=why, no_prefix=why, no_generation=_NO_SEQ2SEQ_GENERATION)
+    return found
 
 
 def _begin(model: Any, spec: BackboneSpec, implementations: list[tuple[Any, str | None]]) -> _State:
@@ -259,12 +334,18 @@ def _quietly(model: nn.Module, spec: BackboneSpec) -> Iterator[None]:
 
 def _stock_rows(model: Any, spec: BackboneSpec, implementations: list[tuple[Any, str | None]]) -> StockRows:
     """The comparison's stock side, by the implementation the model had before any patch of a shared configuration."""
+    with _stock(implementations), _quietly(model, spec):
+        return stock_rows(model, spec)
+
+
+@contextmanager
+def _stock(implementations: list[tuple[Any, str | None]]) -> Iterator[None]:
+    """Inside the block the configurations have the implementations to put back one day."""
     now = [config._attn_implementation for config, _ in implementations]
     try:
         for config, before in implementations:
             config._attn_implementation = before
-        with _quietly(model, spec):
-            return stock_rows(model, spec)
+        yield
     finally:
         for (config, _), implementation in zip(implementations, now, strict=True):
             config._attn_implementation = implementation
@@ -339,10 +420,10 @@ def _probe(model: Any, spec: BackboneSpec) -> list[Observed]:
 
 
 class _Places:
-    """Tells the attention modules of an encoder which layers they are; `remove` takes it back."""
+    """Tells attention modules which layers they are, `others` that they are none; `remove` takes it back."""
 
-    def __init__(self, observed: list[Observed]) -> None:
-        self.modules = {one.module for one in observed}
+    def __init__(self, observed: list[Observed], others: Iterable[nn.Module] = ()) -> None:
+        self.modules = {one.module for one in observed} | set(others)
         for module in self.modules:
             setattr(module, PLACES, tuple(one.layer for one in observed if one.module is module))
 

@@ -10,7 +10,6 @@ gradients, training modes and configurations are left as they were.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -44,7 +43,7 @@ class Facts:
         others: as in `BackboneSpec`.
     """
 
-    kind: Literal["causal", "encoder"]
+    kind: Literal["causal", "encoder", "seq2seq"]
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -205,7 +204,7 @@ def read_head(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) ->
             return facts
         expected = model(input_ids=ids, attention_mask=mask).logits
         got = head_output(model, spec.base_model, facts.pooling, hidden, mask)
-        distance = distance_of(got, expected) if got.shape == expected.shape else math.inf
+        distance = distance_of(got, expected)
         if got.dim() == 3 and distance <= bound:  # a head that reads tokens reads each alone
             part = head_output(model, spec.base_model, facts.pooling, hidden[:, 1::2], mask[:, 1::2])
             distance = distance_of(part, expected[:, 1::2])

@@ -35,8 +35,9 @@ class BackboneSpec:
 
     Attributes:
         model_type: transformers' name of the architecture, for example ``"llama"``.
-        kind: ``"causal"`` (a token sees what stands before it) or ``"encoder"`` (bidirectional: virtual tokens stand in
-            every row).
+        kind: ``"causal"`` (a token sees what stands before it), ``"encoder"`` (bidirectional: virtual tokens stand in
+            every row) or ``"seq2seq"`` (an encoder-decoder: virtual tokens stand in the encoder's rows, prefixes before
+            the decoder's). Layers, heads and widths of the last are its decoder's.
         hidden_size: d, width of the word embeddings.
         num_layers: L.
         num_kv_heads: H_kv, key and value heads (fewer than the query heads under grouped-query attention).
@@ -63,7 +64,7 @@ class BackboneSpec:
     """
 
     model_type: str
-    kind: Literal["causal", "encoder"]
+    kind: Literal["causal", "encoder", "seq2seq"]
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -148,22 +149,28 @@ def config_spec(model: Any) -> BackboneSpec:
         raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
     assert embeddings is not None
     base = model.base_model
-    if base is model and output is not None and hasattr(model, "get_decoder"):
-        base = model.get_decoder()  # where a class names its part without the head wrongly
+    if base is model and output is not None:  # where a class names its part without the head wrongly
+        parts = (part for part in model.children() if any(module is embeddings for module in part.children()))
+        base = next(parts, model)
     # Decoders taken out of an encoder-decoder keep its configuration, whose num_hidden_layers are the encoder's.
-    num_layers = _first(config, "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    num_heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    seq2seq = getattr(config, "is_encoder_decoder", False)
+    nested = getattr(config, "decoder", None) if seq2seq else None  # some have a configuration for each part
+    sizes = nested if nested is not None and not isinstance(nested, dict) else config
+    num_layers = _first(
+        sizes, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"
+    )
+    num_heads = _first(sizes, "num_attention_heads", "n_head", "num_heads", "n_heads")
     if not num_layers:
         raise UnsupportedModelError(f"model type {model_type!r} is not supported: it has no layers")
     num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,
-        kind=kind_of(model_type),
+        kind="seq2seq" if seq2seq else kind_of(model_type),
         hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_first(config, "num_key_value_heads") or num_heads,
-        head_dim=_first(config, "head_dim") or embeddings.embedding_dim // num_heads,
+        num_kv_heads=_first(sizes, "num_key_value_heads") or num_heads,
+        head_dim=_first(sizes, "head_dim") or embeddings.embedding_dim // num_heads,
         max_positions=families.max_positions(config),
         vocab_size=embeddings.num_embeddings,
         word_embeddings=embeddings,

@@ -26,12 +26,15 @@ from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "LabelHidden",
+    "Layout",
     "PackedLoss",
     "Prompts",
     "capture_prefix",
     "check_fit",
+    "checked_prompts",
     "label_hidden",
     "label_log_probs",
+    "lay_out",
     "packed_call",
     "packed_loss",
     "predicting_hidden",
@@ -68,7 +71,7 @@ class LabelHidden:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """A packed batch with its virtual tokens in place."""
 
     embeds: Tensor  # [N, d]
@@ -144,8 +147,8 @@ def predicting_hidden(
     batch = batch.to(spec.word_embeddings.weight.device)
     if batch.labels is None:
         raise InputError("expected a batch with labels, got none")
-    prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
-    layout = _lay_out(spec, prompts, ids, batch)
+    prompts, ids = checked_prompts(spec, lowered, batch, prompt_ids)
+    layout = lay_out(spec, prompts, ids, batch)
     before = layout.text - 1  # [tokens]
     first = batch.cu_seqlens[:-1][batch.cu_seqlens.diff() > 0].long()  # first token of every row that has one
     before[first] = layout.before_text[layout.row_of_token[first]]
@@ -161,8 +164,8 @@ def text_hidden(
     spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
 ) -> Tensor:
     """Last hidden states [tokens, d] of the texts of a patched encoder, in the order of the batch's tokens."""
-    prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
-    layout = _lay_out(spec, prompts, ids, batch)
+    prompts, ids = checked_prompts(spec, lowered, batch, prompt_ids)
+    layout = lay_out(spec, prompts, ids, batch)
     return _run(spec, layout, prompts, ids, token_type_ids=batch.token_type_ids)[layout.text]
 
 
@@ -206,7 +209,7 @@ def stack_prefixes(
     return keys, values, torch.tensor(sizes, dtype=torch.int32, device=device)
 
 
-def _prompts(
+def checked_prompts(
     spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, prompt_ids: Sequence[int] | None
 ) -> tuple[list[LoweredPrompt], list[int]]:
     """The prompts as a list and the prompt of every row, checked against each other and the model."""
@@ -258,7 +261,7 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
             )
 
 
-def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], batch: PackedBatch) -> _Layout:
+def lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], batch: PackedBatch) -> Layout:
     """Place virtual tokens, as rows of their own or in every row, and give every token its position."""
     device = spec.word_embeddings.weight.device
     batch = batch.to(device)
@@ -279,7 +282,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     text_positions = virtual_of_row[row_of_token] + within  # [tokens]
     nothing = torch.full((len(lengths),), -1, dtype=torch.int64, device=device)  # [rows]
     if not prompts or isinstance(prompts[0], KeyValuePrefix):
-        return _Layout(
+        return Layout(
             embeds=text_embeds,
             positions=text_positions,
             text=torch.arange(batch.num_tokens, device=device),
@@ -299,7 +302,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     if spec.kind == "causal" and spec.path == "shared":
         total = int(sum(sizes))
         last = torch.where(virtual_of_row > 0, starts[prompt_of_row + 1] - 1, nothing)  # [rows]
-        return _Layout(
+        return Layout(
             embeds=torch.cat([*embeds, text_embeds]),
             positions=torch.cat([*(torch.arange(size, device=device) for size in sizes), text_positions]),
             text=total + torch.arange(batch.num_tokens, device=device),
@@ -322,7 +325,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     in_row = torch.tensor(is_virtual, dtype=torch.bool, device=device)  # [N]
     row_of_position = torch.repeat_interleave(torch.arange(len(lengths), device=device), cu_seqlens.diff().long())
     row_starts = cu_seqlens[:-1].long()  # [rows]
-    return _Layout(
+    return Layout(
         embeds=source[torch.cat(spans)],
         positions=torch.arange(in_row.numel(), device=device) - row_starts[row_of_position],
         text=(~in_row).nonzero()[:, 0],
@@ -336,7 +339,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
 
 def _run(
     spec: BackboneSpec,
-    layout: _Layout,
+    layout: Layout,
     prompts: list[LoweredPrompt],
     ids: list[int],
     *,

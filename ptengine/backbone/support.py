@@ -61,6 +61,8 @@ def supports(model: Any) -> SupportReport:
     device = spec.word_embeddings.weight.device
     if spec.kind == "causal":
         reason = "soft prompts run as one row of the packed batch, prefixes are read by every layer"
+    elif spec.kind == "seq2seq":
+        reason = "soft prompts stand in the encoder's rows, prefixes are read by every layer of the decoder"
     else:
         reason = "bidirectional: soft prompts stand in every row"
         reason += "" if spec.no_prefix else ", prefixes are read by every layer"
@@ -81,12 +83,13 @@ def supports(model: Any) -> SupportReport:
 
 
 def _in_row_reason(spec: BackboneSpec) -> str:
-    reason = f"soft prompts stand in every row of a stock batch, with the model's own attention: {spec.why_in_row}"
+    where = "every row of a stock batch" if spec.kind != "seq2seq" else "the encoder's rows"
+    reason = f"soft prompts stand in {where}, with the model's own attention: {spec.why_in_row}"
     if not spec.pads:
         reason += "; rows of equal length run together, as the model's numbers depend on padding"
     if spec.no_head is not None:
         reason += f"; hidden states alone: {spec.no_head}"
-    return f"{reason}; no prefixes" + ("; no generation" if spec.kind == "causal" else "")
+    return f"{reason}; no prefixes" + ("" if spec.kind == "encoder" else "; no generation")
 
 
 def _in_row_layers(model: Any, spec: BackboneSpec) -> tuple[LayerSupport, ...]:

@@ -18,7 +18,17 @@ from ptengine.backbone.in_row import stock_hidden
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.errors import UnsupportedModelError
 
-__all__ = ["LENGTHS", "VIRTUAL", "StockRows", "distance_of", "first_line", "refuse", "stock_rows", "tolerance"]
+__all__ = [
+    "LENGTHS",
+    "VIRTUAL",
+    "StockRows",
+    "distance_of",
+    "first_line",
+    "random_ids",
+    "refuse",
+    "stock_rows",
+    "tolerance",
+]
 
 VIRTUAL, LENGTHS = 4, (6, 3)
 
@@ -44,6 +54,14 @@ class StockRows:
     first_position: int | None
 
 
+def random_ids(spec: BackboneSpec, generator: torch.Generator) -> list[list[int]]:
+    """Rows of tokens without padding, which some families count their positions by."""
+    padding = getattr(getattr(spec.base_model, "config", None), "pad_token_id", None)
+    ids = [token for token in range(spec.vocab_size) if token != padding]
+    picks = [torch.randint(len(ids), (length,), generator=generator).tolist() for length in LENGTHS]
+    return [[ids[pick] for pick in row] for row in picks]
+
+
 def refuse(spec: BackboneSpec, reason: str) -> UnsupportedModelError:
     return UnsupportedModelError(f"model type {spec.model_type!r} is not supported: {reason}")
 
@@ -64,6 +82,9 @@ def tolerance(spec: BackboneSpec, dtype: torch.dtype) -> float:
 
 
 def distance_of(got: Tensor, expected: Tensor) -> float:
+    """Of two tensors, relative to the second; infinite where they are not of one shape or not of numbers."""
+    if got.shape != expected.shape:
+        return math.inf
     got, expected = got.double(), expected.double()
     distance = ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
     return math.inf if math.isnan(distance) else distance
@@ -78,19 +99,26 @@ def stock_rows(model: object, spec: BackboneSpec) -> StockRows:
     """
     weight = spec.word_embeddings.weight
     generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(spec.vocab_size, (length,), generator=generator).tolist() for length in LENGTHS]
+    ids = random_ids(spec, generator)
     noise = torch.randn(VIRTUAL, spec.hidden_size, generator=generator).to(weight)  # [P, d]
     try:
         words = [spec.word_embeddings(torch.tensor(row, device=weight.device)) for row in ids]  # [T, d] each
         embeds = noise * torch.cat(words).float().std().to(weight)
         rows = [torch.cat([embeds, text])[None] for text in words]  # [1, P + T, d] each
         hidden = [stock_hidden(spec.base_model, row)[0] for row in rows]
+        by_ids = stock_hidden(spec.base_model, input_ids=torch.tensor(ids[:1], device=weight.device))
+        by_embeds = stock_hidden(spec.base_model, words[0][None])
         kind = _kind(spec, rows[0], hidden[0])
         logits = None
         if spec.lm_head is not None and kind == "causal":
             logits = [model(inputs_embeds=row, use_cache=False).logits[0] for row in rows]  # type: ignore[operator]
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
+    if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
+        raise refuse(
+            spec,
+            "what its word embeddings make of token ids is not what it makes of them: a text has no input embeddings",
+        )
     if logits is not None:
         _check_head(spec, hidden, logits)
     return StockRows(ids, embeds, hidden, logits, kind, _first_position(spec, rows[0], hidden[0]))

@@ -256,8 +256,8 @@ def _given_blocks(model: Any, spec: BackboneSpec, source: Any, init: str) -> Ten
 def _text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
     if spec.kind != "causal":
         raise InputError(
-            f"init='text' needs a model with a cache of keys and values, got the encoder {spec.model_type!r}, whose "
-            "tokens see each other both ways: expected init random or zero"
+            f"init='text' needs a causal model, whose texts' keys and values depend on nothing behind them, got the "
+            f"{spec.kind} model {spec.model_type!r}: expected init random or zero"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()
