@@ -81,6 +81,11 @@ def check(model_type: str) -> dict[str, Any]:
         return {"status": "refused", "reason": str(error)}
     ptengine.unpatch(model)
     spec = backbone_spec(model)
+    if spec.kind != "causal":
+        return {
+            "status": "refused",
+            "reason": "its tokens see each other both ways, which no next token may be asked of",
+        }
     result: dict[str, Any] = {"status": "pass", "generation": spec.no_generation or "yes"}
     if spec.path == "in_row":
         result |= {"status": "in-row", "reason": spec.why_in_row, "prefix": "refused"}

@@ -70,7 +70,7 @@ def dense_slots(lengths: Tensor) -> tuple[Tensor, Tensor]:
 def stock_hidden(base: Any, embeds: Tensor | None = None, **call: Any) -> Tensor:
     """Last hidden states [B, T, d] of a model without its head on input embeddings [B, T, d], without a cache."""
     if embeds is not None:
-        call["inputs_embeds"] = embeds
+        call["inputs_embeds"] = embeds.clone()  # which some models scale in place
     try:
         out = base(use_cache=False, **call)
     except TypeError as error:  # of models that never have one

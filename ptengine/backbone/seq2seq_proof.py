@@ -82,7 +82,7 @@ def stock_pairs(model: Any, spec: BackboneSpec) -> StockPairs:
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
     if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
-        raise refuse(spec, "what its word embeddings make of token ids is not what enters its encoder")
+        raise refuse(spec, "it does not compute from word embeddings what it computes from their tokens")
     return StockPairs(sources, targets, embeds, soft)
 
 

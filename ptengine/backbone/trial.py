@@ -57,7 +57,8 @@ class StockRows:
 def random_ids(spec: BackboneSpec, generator: torch.Generator) -> list[list[int]]:
     """Rows of tokens without padding, which some families count their positions by."""
     padding = getattr(getattr(spec.base_model, "config", None), "pad_token_id", None)
-    ids = [token for token in range(spec.vocab_size) if token != padding]
+    paddings = (padding, spec.word_embeddings.padding_idx)
+    ids = [token for token in range(spec.vocab_size) if token not in paddings]
     picks = [torch.randint(len(ids), (length,), generator=generator).tolist() for length in LENGTHS]
     return [[ids[pick] for pick in row] for row in picks]
 
@@ -111,14 +112,11 @@ def stock_rows(model: object, spec: BackboneSpec) -> StockRows:
         kind = _kind(spec, rows[0], hidden[0])
         logits = None
         if spec.lm_head is not None and kind == "causal":
-            logits = [model(inputs_embeds=row, use_cache=False).logits[0] for row in rows]  # type: ignore[operator]
+            logits = [model(inputs_embeds=row.clone(), use_cache=False).logits[0] for row in rows]  # type: ignore[operator]
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
     if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
-        raise refuse(
-            spec,
-            "what its word embeddings make of token ids is not what it makes of them: a text has no input embeddings",
-        )
+        raise refuse(spec, "it does not compute from word embeddings what it computes from their tokens")
     if logits is not None:
         _check_head(spec, hidden, logits)
     return StockRows(ids, embeds, hidden, logits, kind, _first_position(spec, rows[0], hidden[0]))
