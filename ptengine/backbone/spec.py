@@ -135,6 +135,8 @@ def config_spec(model: Any) -> BackboneSpec:
     reason = families.refusal(config)
     if model_type == "bert" and getattr(config, "is_decoder", False):
         reason = "it is a decoder"
+    if proven and getattr(config, "is_encoder_decoder", False):
+        reason = "its configuration says that it is an encoder-decoder"
     embeddings = output = None
     if reason is None:
         try:

@@ -257,7 +257,7 @@ def _text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
     if spec.kind != "causal":
         raise InputError(
             f"init='text' needs a causal model, whose texts' keys and values depend on nothing behind them, got the "
-            f"{spec.kind} model {spec.model_type!r}: expected init random or zero"
+            f"{spec.kind} {spec.model_type!r}: expected init random or zero"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()
