@@ -3,10 +3,12 @@
 Knows nothing of how prompts are trained, of tasks or of data files.
 """
 
+from ptengine.backbone.encoders import encoder_hidden, masked_lm_loss, sequence_logits, token_logits
 from ptengine.backbone.generation import generate
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_padded, pack_rows
 from ptengine.backbone.patching import is_patched, patch, patched, unpatch
+from ptengine.backbone.seq2seq import seq2seq_log_probs, seq2seq_logits, seq2seq_loss
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import (
     LabelHidden,
@@ -16,7 +18,6 @@ from ptengine.backbone.step import (
     label_log_probs,
     label_losses,
     packed_loss,
-    sequence_logits,
 )
 from ptengine.backbone.support import SupportReport, supports
 
@@ -32,17 +33,23 @@ __all__ = [
     "VirtualTokens",
     "backbone_spec",
     "capture_prefix",
+    "encoder_hidden",
     "generate",
     "is_patched",
     "label_hidden",
     "label_log_probs",
     "label_losses",
+    "masked_lm_loss",
     "pack_padded",
     "pack_rows",
     "packed_loss",
     "patch",
     "patched",
+    "seq2seq_log_probs",
+    "seq2seq_logits",
+    "seq2seq_loss",
     "sequence_logits",
     "supports",
+    "token_logits",
     "unpatch",
 ]

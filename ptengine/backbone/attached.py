@@ -25,6 +25,7 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.heads import is_answered, pooled
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import LoweredPrompt, VirtualTokens
 from ptengine.backbone.patching import is_patched, no_mask, patch, require_patched, unpatch
@@ -172,7 +173,7 @@ class _Host:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a stock call the prompt; a call that carries a context of its own is none."""
         self.reached.yes = True
-        if KEYWORD in kwargs:
+        if KEYWORD in kwargs or is_answered(module):
             return None
         attachment = self.current()
         spec = require_patched(self.model)
@@ -198,7 +199,7 @@ class _Host:
             call = _offset(call, batch, lowered, spec)
         if isinstance(lowered, VirtualTokens):
             return (), _in_row(call, batch, lowered, spec)
-        call["position_ids"] = batch.positions
+        call["position_ids"] = batch.positions + spec.first_position
         keys, values, _lengths = stack_prefixes([lowered], spec.word_embeddings.weight.device)
         context = _StockContext(keys=keys, values=values, key_starts=batch.starts)
         if spec.kind == "encoder":
@@ -208,10 +209,11 @@ class _Host:
     def _behind(self, base: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Tell whose text a new cache holds; take virtual tokens out of an encoder's output."""
         context = kwargs.get(KEYWORD)
-        if context is not None and not isinstance(context, _StockContext):
+        if is_answered(base) or (context is not None and not isinstance(context, _StockContext)):
             return None
         attachment = self.current()
-        if require_patched(self.model).kind == "causal":
+        spec = require_patched(self.model)
+        if spec.kind == "causal":
             parts = out if isinstance(out, tuple) else (out.get("past_key_values"),)
             for cache in (part for part in parts if isinstance(part, Cache)):
                 setattr(cache, _CACHE_OWNER, weakref.ref(attachment.prompt))
@@ -219,9 +221,9 @@ class _Host:
         if isinstance(out, tuple):
             raise InputError("expected return_dict=True beside a prompt attached to an encoder, got False")
         if context is not None:
-            return _text_part(base, out, context.first, moved=context.moved)
+            return _text_part(spec, out, context.first, moved=context.moved)
         size: Any = attachment.prompt.num_virtual_tokens
-        return _text_part(base, out, kwargs["attention_mask"][:, size:].argmax(1), skip=size)
+        return _text_part(spec, out, kwargs["attention_mask"][:, size:].argmax(1), skip=size)
 
     def _recomputes(self) -> bool:
         """Whether layers recompute themselves in the backward pass of this call."""
@@ -428,11 +430,33 @@ def _in_row(call: dict[str, Any], batch: StockBatch, virtual: VirtualTokens, spe
     kept = torch.ones(text.shape[:2], dtype=torch.bool, device=device) if batch.kept is None else batch.kept  # [B, T]
     call["inputs_embeds"] = torch.cat([embeds, text], dim=1)
     call["attention_mask"] = torch.cat([kept.new_ones(rows, size), kept], dim=1).long()
-    call["position_ids"] = torch.cat([torch.arange(size, device=device).expand(rows, -1), batch.positions], dim=1)
+    if spec.path == "shared":
+        positions = torch.cat(
+            [torch.arange(size, device=device).expand(rows, -1), batch.positions], dim=1
+        )  # [B, P + T]
+        call["position_ids"] = positions + spec.first_position
+    else:
+        _require_counted(call, batch, spec)
     if call.get("token_type_ids") is not None:
         types = call["token_type_ids"]  # [B, T]
         call["token_type_ids"] = torch.cat([types.new_zeros(rows, size), types], dim=1)
     return call
+
+
+def _require_counted(call: dict[str, Any], batch: StockBatch, spec: BackboneSpec) -> None:
+    """Refuse what a model that runs in the row alone, and counts its positions itself, would not get right."""
+    reason = None
+    if call.pop("position_ids", None) is not None:
+        reason = "position_ids"
+    elif batch.starts is not None:
+        reason = "padding before a text"
+    elif batch.right_padded and not spec.pads:
+        reason = "padding, on which its numbers depend"
+    if reason is not None:
+        raise InputError(
+            f"expected no {reason} with a prompt attached to model type {spec.model_type!r}, whose virtual tokens run "
+            "in the row alone"
+        )
 
 
 def _left(call: dict[str, Any], batch: StockBatch, context: _StockContext) -> tuple[dict[str, Any], _StockContext]:
@@ -456,11 +480,13 @@ def _left(call: dict[str, Any], batch: StockBatch, context: _StockContext) -> tu
     return call, replace(context, key_starts=starts, moved=(slots + behind) % length, first=first)
 
 
-def _text_part(base: nn.Module, out: Any, first: Tensor | None, *, moved: Tensor | None = None, skip: int = 0) -> Any:
+def _text_part(
+    spec: BackboneSpec, out: Any, first: Tensor | None, *, moved: Tensor | None = None, skip: int = 0
+) -> Any:
     """The output of a bidirectional model for the slots of the batch as it was given, pooled at each row's first token.
 
     Args:
-        base: the model without its head.
+        spec: of the model.
         out: of slots [B, skip + T].
         first: int64 [B], among the T; None where it is 0 and nothing was moved.
         moved: int64 [B, T], where each slot was put.
@@ -477,7 +503,13 @@ def _text_part(base: nn.Module, out: Any, first: Tensor | None, *, moved: Tensor
     if out.get("hidden_states") is not None:
         out["hidden_states"] = tuple(text(hidden) for hidden in out["hidden_states"])
     if out.get("pooler_output") is not None:
-        out["pooler_output"] = base.pooler(_gather(out["last_hidden_state"], first[:, None]))  # type: ignore[operator]
+        if spec.pooling is None:
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is not supported with an attached prompt: its pooler does not read "
+                "the first token alone"
+            )
+        first_token = _gather(out["last_hidden_state"], first[:, None])  # [B, 1, d]
+        out["pooler_output"] = pooled(spec.base_model, first_token, spec.pooling)
     return out
 
 

@@ -7,7 +7,8 @@ survives gradient checkpointing and belongs to one call of one thread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,10 +21,11 @@ from ptengine.backbone import last_layer
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.kernels.prefix_attention import prefix_attention, prefix_attention_varlen
 
-__all__ = ["IMPLEMENTATION", "KEYWORD", "Observed", "PrefixContext", "packed_attention", "per_row"]
+__all__ = ["IMPLEMENTATION", "KEYWORD", "PLACES", "Observed", "PrefixContext", "packed_attention", "per_row"]
 
 IMPLEMENTATION = "ptengine"  # the name under which both functions are registered with transformers
 KEYWORD = "ptengine_prefix"  # the keyword of the model call
+PLACES = "_ptengine_layers"  # attribute of an attention module: its layers, where the trial forward had to find them
 
 # Keywords that families hand through to attention and that do not change a score. Any other is refused: it may.
 _HARMLESS = frozenset({
@@ -42,12 +44,13 @@ class Observed:
 
     Attributes:
         module: the attention module.
-        layer: its index.
+        layer: its index, -1 where the module does not say.
         key: (H_kv, D).
         value: (H_kv, D_v).
         num_heads: H.
         causal: whether a token sees only what stands before it.
         window, softcap, sinks: the rules its scores follow, None and False where it has none.
+        lengths: (Tq, Tk), queries and keys of the call.
     """
 
     module: nn.Module
@@ -59,6 +62,7 @@ class Observed:
     window: int | None
     softcap: float | None
     sinks: bool
+    lengths: tuple[int, int] = (0, 0)
 
 
 @dataclass(frozen=True)
@@ -85,10 +89,13 @@ class PrefixContext:
         prefix_rows: int32 [rows]: the row of the packed batch that each row reads, -1 for none.
         cu_seqlens: int32 [rows + 1] of a packed call.
         max_seqlen: longest row of a packed call.
+        empty_slots: of a stock batch with a cache, how many slots before its own the cache holds that are nothing but
+            room for the prefix, by which the stock model counts its positions and biases.
         key_starts: int32 [B], the first key that is a token in each row of a left-padded stock batch.
         hidden_rows: int64 [n] ascending: the packed positions whose last hidden state is wanted, None for all.
         captured: where to put each layer's keys and values [T, H_kv, D] of a packed call, by layer.
         observed: where to put what each layer handed to attention, in the order of the calls.
+        visits: how often each module that serves several layers was called.
     """
 
     keys: tuple[Tensor, ...] | None = None
@@ -98,10 +105,12 @@ class PrefixContext:
     prefix_rows: Tensor | None = None
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
+    empty_slots: int = 0
     key_starts: Tensor | None = None
     hidden_rows: Tensor | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
     observed: list[Observed] | None = None
+    visits: Counter[nn.Module] = field(default_factory=Counter)
 
     def prefix(self, layer: int, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
         """[N, P, H_kv, D] of one layer, in the dtype of the call."""
@@ -127,8 +136,16 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, [B, Tq, H, D_v]."""
     context = ptengine_prefix
+    if context is not None and context.cu_seqlens is None and context.observed is not None:
+        rules = _Rules(sliding_window if isinstance(sliding_window, int) else None, softcap, s_aux)
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))  # [Tq, H, D], [Tk, H_kv, D] ...
+        context.observed.append(_observe(module, q, k, v, _is_causal(module, is_causal), rules))
+        context = None
+    if context is not None and getattr(module, PLACES, None) == ():
+        context = None  # of an encoder-decoder, an encoder's attention or one to the encoder, which no prefix changes
     last_layer.announce(module, None if context is None else context.hidden_rows)
-    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    # A decoder behind empty slots is causal, also where its modules leave that to the mask.
+    causal = bool(context is not None and context.empty_slots) or _is_causal(module, is_causal)
     if context is None:
         if softcap is None and s_aux is None:
             return sdpa_attention_forward(
@@ -138,6 +155,7 @@ def _attention(
         return _eager(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux), None
     if sliding_window is _UNTOLD:  # some families tell their mask alone; None is a layer without a window
         sliding_window = getattr(module, "sliding_window", None)
+    relative_bias = _relative_bias(kwargs.pop("position_bias", None)) if context.empty_slots else None
     rules = _rules(sliding_window, softcap, s_aux, kwargs)
     _check_dropout(dropout)
     device = query.device.type
@@ -145,12 +163,19 @@ def _attention(
         # As the stock SDPA under autocast: rotary embeddings leave float32 queries and keys beside bf16 values.
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if context.cu_seqlens is None:
-        prefix_k, prefix_v = context.prefix(module.layer_idx, query.dtype)  # type: ignore[arg-type]
+        prefix_k, prefix_v = _prefix(module, context, query.dtype)
+        own = slice(context.empty_slots, None)
+        if context.empty_slots and key.shape[2] != context.empty_slots + query.shape[2]:
+            raise InputError(
+                "expected no gradient checkpointing with a prefix in an encoder-decoder: layers that run again are "
+                "given no cache, by which they count their positions"
+            )
         out = prefix_attention(
-            query, key, value, prefix_k, prefix_v,
+            query, key[:, :, own], value[:, :, own], prefix_k, prefix_v,
             key_starts=per_row(context.key_starts, query.shape[0]),
             prompt_ids=None if prefix_k is None else per_row(context.prompt_ids, query.shape[0]),
-            prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling, **rules.keywords(),
+            prefix_lengths=context.prefix_lengths, causal=causal, scale=scaling, relative_bias=relative_bias,
+            **rules.keywords(),
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.transpose(1, 2), None  # [B, Tq, H, D_v]
@@ -187,6 +212,23 @@ def packed_attention(
     last_layer.announce(module, context.hidden_rows)
     _check_dropout(dropout)
     return _packed(module, q, k, v, context, scale, True, _rules(sliding_window, None, None, {}))
+
+
+def _is_causal(module: nn.Module, is_causal: bool | None) -> bool:
+    return bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+
+
+def _relative_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias [1, H, T, P + T] of T5 by distance alone: [H, 2 R + 1] with R = P + T - 1.
+
+    The last query sees every distance back to -R, the first one those ahead, which nothing causal reads.
+    """
+    if bias is None:
+        return None
+    heads, length, seen = bias.shape[1:]
+    ahead = bias[0, :, 0, seen - length + 1 :]  # [H, T - 1]
+    beyond = bias.new_zeros(heads, seen - length)  # [H, P]
+    return torch.cat([bias[0, :, -1], ahead, beyond], dim=1)  # [H, 2 (P + T) - 1]
 
 
 def _check_dropout(dropout: float) -> None:
@@ -226,11 +268,9 @@ def _refuse_changed_mask(mask: Tensor | None) -> None:
 
 def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, rules: _Rules) -> Observed:
     layer = getattr(module, "layer_idx", None)
-    if not isinstance(layer, int):
-        raise UnsupportedModelError("its attention modules do not say which layer they are in")
     return Observed(
         module=module,
-        layer=layer,
+        layer=layer if isinstance(layer, int) else -1,
         key=(k.shape[1], k.shape[2]),
         value=(v.shape[1], v.shape[2]),
         num_heads=q.shape[1],
@@ -238,6 +278,7 @@ def _observe(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, causal: bool, r
         window=rules.window,
         softcap=rules.softcap,
         sinks=rules.sinks is not None,
+        lengths=(q.shape[0], k.shape[0]),
     )
 
 
@@ -283,11 +324,10 @@ def _packed(
     causal: bool,
     rules: _Rules,
 ) -> Tensor:
-    layer: int = module.layer_idx  # type: ignore[assignment]
     assert context.cu_seqlens is not None
     if context.captured is not None:
-        context.captured[layer] = (k, v)
-    prefix_k, prefix_v = context.prefix(layer, q.dtype)
+        context.captured[_layer(module, context)] = (k, v)
+    prefix_k, prefix_v = _prefix(module, context, q.dtype)
     out = prefix_attention_varlen(
         q, k, v, prefix_k, prefix_v, context.cu_seqlens, context.max_seqlen,
         prompt_ids=context.prompt_ids, prefix_rows=context.prefix_rows, prefix_lengths=context.prefix_lengths,
@@ -295,6 +335,30 @@ def _packed(
     )  # fmt: skip
     assert isinstance(out, Tensor)
     return out
+
+
+def _prefix(module: nn.Module, context: PrefixContext, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    if context.keys is None:
+        return None, None
+    return context.prefix(_layer(module, context), dtype)
+
+
+def _layer(module: nn.Module, context: PrefixContext) -> int:
+    """Which layer `module` is, or is this time: ALBERT's layers share one."""
+    places: tuple[int, ...] | None = getattr(module, PLACES, None)
+    if places is None:
+        layer: int = module.layer_idx  # type: ignore[assignment]
+        return layer
+    if len(places) == 1:
+        return places[0]
+    visit = context.visits[module]
+    if visit == len(places):
+        raise InputError(
+            "expected no gradient checkpointing with a prefix in a model whose layers share their weights: layers that "
+            "run again do not say which of them they are"
+        )
+    context.visits[module] += 1
+    return places[visit]
 
 
 def per_row(x: Tensor | None, batch: int) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""What a configuration says about a causal family: facts with many names, and what the shared path cannot serve.
+"""What a configuration says about a family: facts with many names, and what the shared path cannot serve.
 
-Nothing here names a family. A configuration is refused for what it declares; what it does not declare is left to the
+Nothing here names a family. A configuration is judged by what it declares; what it does not declare is left to the
 trial forward and the comparison with the stock computation (`ptengine.backbone.proof`).
 """
 
@@ -9,7 +9,17 @@ from __future__ import annotations
 import re
 from typing import Any
 
-__all__ = ["LAYER_KINDS", "layer_kinds", "logit_scale", "logit_softcap", "max_positions", "refusal", "window_of"]
+__all__ = [
+    "LAYER_KINDS",
+    "UNLIMITED",
+    "layer_kinds",
+    "logit_scale",
+    "logit_softcap",
+    "max_positions",
+    "not_shared",
+    "refusal",
+    "window_of",
+]
 
 # What a layer may be called in `config.layer_types` for its attention to be the plain or the sliding kind.
 LAYER_KINDS = ("full_attention", "sliding_attention")
@@ -33,20 +43,21 @@ def layer_kinds(config: Any) -> list[str] | None:
 
 def refusal(config: Any) -> str | None:
     """Why a model of this configuration is not served, or None."""
-    if getattr(config, "is_encoder_decoder", False):
-        return "it is an encoder-decoder, whose prompts and cross-attention need a path of their own"
-    if getattr(config, "add_cross_attention", False):
+    if getattr(config, "add_cross_attention", False) and not getattr(config, "is_encoder_decoder", False):
         return "it has cross-attention, whose keys are not the prompt's"
     if getattr(config, "text_config", None) is not None:
         return "it is a multimodal wrapper; its language model alone (`text_config`) may be served"
+    return None
+
+
+def not_shared(config: Any) -> str | None:
+    """Why the shared path does not serve a model of this configuration, or None."""
     other = sorted({kind for kind in layer_kinds(config) or [] if kind not in (*LAYER_KINDS, "attention")})
     if other:
         kinds = ", ".join(other)
         return f"it has layers of the kinds {kinds}: only full and sliding attention read a shared prefix exactly"
     if getattr(config, "alibi", False) or getattr(config, "position_embedding_type", None) == "alibi":
         return "its ALiBi biases are added outside transformers' attention interface"
-    if getattr(config, "use_bidirectional_attention", None) not in (None, False):
-        return "its tokens see each other both ways, so virtual tokens depend on the text"
     if getattr(config, "attn_temperature_tuning", False):
         return "its attention scales queries by their place in the packed row, not by their position"
     other = sorted(name for name, value in vars(config).items() if _OTHER_WINDOWS.match(name) and _is_window(value))

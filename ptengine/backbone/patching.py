@@ -1,14 +1,14 @@
 """Puts ptengine's attention into one model instance, and takes it out again.
 
 Only this instance changes: its configurations' attention implementation, a wrapper around its
-`prepare_inputs_for_generation`, two hooks on its last MLP, and the forward of modules that have faster equals. No class
-is touched.
+`prepare_inputs_for_generation`, two hooks on its last MLP, a note in encoders' attention modules, and the forward of
+encoders under a head and of modules that have faster equals. No class is touched.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -18,18 +18,21 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from ptengine.backbone import last_layer, proof
+from ptengine.backbone import families, last_layer, proof, seq2seq_proof
 from ptengine.backbone.activations import fuse_activations
-from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, Observed, PrefixContext
+from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PLACES, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
+from ptengine.backbone.heads import NarrowedHead, PreparedForward
 from ptengine.backbone.input_offsets import add_offsets
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
+from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["eval_mode", "is_patched", "patch", "patched", "require_patched", "unpatch", "with_prefix"]
 
 _STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"
+_NO_SEQ2SEQ_GENERATION = "an encoder-decoder does not generate behind a prompt yet"
 _patched_models: WeakSet[Any] = WeakSet()
 
 # The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B],
@@ -37,6 +40,10 @@ _patched_models: WeakSet[Any] = WeakSet()
 _generating: ContextVar[tuple[PrefixContext, Tensor, Tensor | None] | None] = ContextVar(
     "ptengine_generating", default=None
 )
+
+
+class _StockDoubtful(UnsupportedModelError):
+    """The stock side of the comparison may be the wrong one, so no path is held to it."""
 
 
 @dataclass
@@ -53,48 +60,173 @@ def patch(model: Any) -> Any:
     """Route the attention of `model` through ptengine, in place; returns the model.
 
     Without a prompt the model computes what it computed before, up to rounding. Patching twice is patching once. A
-    causal family that no test of ours covers is compared with its stock computation on a few tokens, once per model.
+    family that no test of ours covers is compared with its stock computation on a few tokens, once per model. Where
+    the shared path does not serve (the configuration declares it, a layer's attention does not go through
+    transformers' attention interface, or the numbers differ), virtual tokens run in every row of stock batches, if
+    that is exact: `ptengine.supports` says which path and why.
 
     Raises:
-        UnsupportedModelError: the configuration declares what the shared path cannot serve, a trial forward shows that
-            a layer's attention does not go through transformers' attention interface, or the comparison shows other
-            numbers. The model is then as it was.
+        UnsupportedModelError: neither path gives the numbers of the stock computation. The model is then as it was.
     """
     if is_patched(model):
         return model
     spec = config_spec(model)
-    implementations = [(config, _implementation_before(config)) for config in _configs(model)]
-    facts, stock = None, None
-    if not is_proven(model.config):
-        facts = proof.known(model)
-        stock = _stock_rows(model, spec, implementations) if facts is None else None
-    state = _State(implementations, spec)
-    state.prepare = {name: value for name, value in vars(model).items() if name == _PREPARE}
-    setattr(model, _STATE, state)
-    _patched_models.add(model)
+    if is_proven(model.config):
+        return _install(model, spec, None, None)
+    if spec.kind == "seq2seq":
+        return _install_seq2seq(model, spec)
+    facts, stock = proof.known(model), None
+    if facts is None:
+        stock = _stock_rows(model, spec, _implementations(model))
+        spec = replace(spec, kind=stock.kind, first_position=stock.first_position or 0)
+        why = families.not_shared(model.config)
+        if why is None:
+            try:
+                return _install(model, spec, None, stock)
+            except _StockDoubtful:
+                raise
+            except UnsupportedModelError as error:
+                why = str(error).removeprefix(str(refuse(spec, "")))
+        with _quietly(model, spec):
+            facts = proof.compare_in_row(spec, stock, why)
+    if facts.path == "in_row":
+        return _install_in_row(model, spec, facts, stock)
+    return _install(model, facts.into(spec), facts, None)
+
+
+def _install(model: Any, spec: BackboneSpec, facts: proof.Facts | None, stock: StockRows | None) -> Any:
+    """Route the attention of `model` through ptengine, and compare with `stock` where that is given."""
+    state = _begin(model, spec, _implementations(model))
     try:
         for config, _ in state.implementations:
             config._attn_implementation = IMPLEMENTATION
         observed = _probe(model, spec)
+        if spec.kind == "encoder":
+            state.handles.append(_Places(observed))
         if stock is not None:
             facts = proof.measure(spec, observed)
-        if facts is not None:
-            spec = state.spec = facts.into(spec)
-        links = _link_last_mlp(spec, observed[-1].module) if facts is None or facts.skips_mlp else []
+            state.spec = facts.into(spec)
+        skips = spec.kind == "causal" and (facts is None or facts.skips_mlp)
+        links = _link_last_mlp(spec, observed[-1].module) if skips else []
         state.handles.extend(links)
         state.handles.extend(fuse_activations(model))
         state.handles.extend(fuse_layers(model))
+        _answer_heads(model, state)
         if stock is not None and facts is not None:
             try:
-                _prove(model, state, facts, stock, links)
+                _prove(model, state, facts, spec, stock, links)
             except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{error}{_left_out(observed, implementations)}") from error
+                hint = _left_out(observed, state.implementations)
+                raise (_StockDoubtful if hint else UnsupportedModelError)(f"{error}{hint}") from error
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
             setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE), spec.word_embeddings))
     except BaseException:
         unpatch(model)
         raise
     return model
+
+
+def _install_in_row(model: Any, spec: BackboneSpec, facts: proof.Facts, stock: StockRows | None) -> Any:
+    """Leave the attention of `model` alone: virtual tokens will stand in its rows."""
+    state = _begin(model, facts.into(spec), [])
+    try:
+        _answer_heads(model, state)
+        if stock is not None and spec.kind == "encoder":
+            with _quietly(model, spec):
+                facts = proof.read_head(model, state.spec, facts, stock)
+            state.spec = facts.into(spec)
+        if stock is not None:
+            proof.remember(model, facts)
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def _install_seq2seq(model: Any, spec: BackboneSpec) -> Any:
+    """Prepare an encoder-decoder: its LM head, and its decoder's self-attention where a prefix is served exactly."""
+    if spec.lm_head is None:
+        raise refuse(spec, "it is an encoder-decoder without an LM head")
+    facts, implementations = proof.known(model), _implementations(model)
+    stock = None
+    if facts is None:
+        with _stock(implementations), _quietly(model, spec):
+            stock = seq2seq_proof.stock_pairs(model, spec)
+        facts = proof.Facts("seq2seq", spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim, path="in_row")
+    state = _begin(model, facts.into(spec), [])
+    state.handles.append(NarrowedHead(spec.lm_head))
+    try:
+        if stock is None:
+            if facts.path == "shared":
+                _route(model, state, implementations)
+        else:
+            with _quietly(model, spec):
+                facts = seq2seq_proof.compare_soft(model, state.spec, stock, facts)
+                facts = _prove_prefix(model, state, facts, stock, implementations)
+            proof.remember(model, facts)
+        state.spec = facts.into(spec)
+    except BaseException:
+        unpatch(model)
+        raise
+    return model
+
+
+def _route(model: Any, state: _State, implementations: list[tuple[Any, str | None]]) -> list[Observed]:
+    """Route attention through ptengine and tell the decoder's self-attention which layers it is."""
+    state.implementations = implementations
+    for config, _ in implementations:
+        config._attn_implementation = IMPLEMENTATION
+    with eval_mode(model):
+        observed = seq2seq_proof.observe(model, state.spec)
+    own = seq2seq_proof.own_attention(observed)
+    places = [replace(one, layer=index) for index, one in enumerate(own)]
+    mine = {one.module for one in own}
+    state.handles.append(_Places(places, {one.module for one in observed} - mine))
+    return observed
+
+
+def _prove_prefix(
+    model: Any,
+    state: _State,
+    facts: proof.Facts,
+    stock: seq2seq_proof.StockPairs,
+    implementations: list[tuple[Any, str | None]],
+) -> proof.Facts:
+    """Hold a prefix through the shared path to the stock model; the model stays as it came where that fails."""
+    spec, handles = state.spec, list(state.handles)
+    try:
+        found = seq2seq_proof.prefix_facts(spec, _route(model, state, implementations))
+        found = replace(found, pads=facts.pads, no_generation=_NO_SEQ2SEQ_GENERATION)
+        prefix = seq2seq_proof.trial_prefix(spec, found)
+        with _stock(implementations):
+            expected = seq2seq_proof.stock_prefix(model, spec, stock, prefix)
+        state.spec = found.into(spec)
+        seq2seq_proof.compare_prefix(model, state.spec, stock, prefix, expected)
+        found = seq2seq_proof.compare_soft(model, state.spec, stock, found)  # through the attention of a prefix, too
+    except Exception as error:
+        for handle in state.handles[len(handles) :]:
+            handle.remove()
+        state.handles, state.implementations = handles, []
+        for config, before in implementations:
+            config._attn_implementation = before
+        why = str(error).removeprefix(str(refuse(spec, ""))) if isinstance(error, UnsupportedModelError) else None
+        why = why or f"a trial step behind a prefix failed ({first_line(error)})"
+        return replace(facts, why_in_row=why, no_prefix=why, no_generation=_NO_SEQ2SEQ_GENERATION)
+    return found
+
+
+def _begin(model: Any, spec: BackboneSpec, implementations: list[tuple[Any, str | None]]) -> _State:
+    state = _State(implementations, spec)
+    state.prepare = {name: value for name, value in vars(model).items() if name == _PREPARE}
+    setattr(model, _STATE, state)
+    _patched_models.add(model)
+    return state
+
+
+def _answer_heads(model: Any, state: _State) -> None:
+    base = state.spec.base_model
+    if state.spec.kind == "encoder" and model is not base:
+        state.handles.append(PreparedForward(base))
 
 
 def unpatch(model: Any) -> Any:
@@ -183,6 +315,11 @@ def _configs(model: nn.Module) -> list[Any]:
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
 
 
+def _implementations(model: nn.Module) -> list[tuple[Any, str | None]]:
+    """Every configuration of `model`, and the implementation to put back one day."""
+    return [(config, _implementation_before(config)) for config in _configs(model)]
+
+
 def _routed() -> list[tuple[Any, str | None]]:
     """The configurations of all patched models and what they had before: models built from one object share it."""
     return [pair for model in _patched_models for pair in model.__dict__[_STATE].implementations]
@@ -202,34 +339,42 @@ def _quietly(model: nn.Module, spec: BackboneSpec) -> Iterator[None]:
         yield
 
 
-def _stock_rows(model: Any, spec: BackboneSpec, implementations: list[tuple[Any, str | None]]) -> proof.StockRows:
+def _stock_rows(model: Any, spec: BackboneSpec, implementations: list[tuple[Any, str | None]]) -> StockRows:
     """The comparison's stock side, by the implementation the model had before any patch of a shared configuration."""
+    with _stock(implementations), _quietly(model, spec):
+        return stock_rows(model, spec)
+
+
+@contextmanager
+def _stock(implementations: list[tuple[Any, str | None]]) -> Iterator[None]:
+    """Inside the block the configurations have the implementations to put back one day."""
     now = [config._attn_implementation for config, _ in implementations]
     try:
         for config, before in implementations:
             config._attn_implementation = before
-        with _quietly(model, spec):
-            return proof.stock_rows(model, spec)
+        yield
     finally:
         for (config, _), implementation in zip(implementations, now, strict=True):
             config._attn_implementation = implementation
 
 
-def _prove(model: Any, state: _State, facts: proof.Facts, stock: proof.StockRows, links: list[Any]) -> None:
+def _prove(
+    model: Any, state: _State, facts: proof.Facts, spec: BackboneSpec, stock: StockRows, links: list[Any]
+) -> None:
     """Compare with the stock side, first with the last MLP narrowed; not every block bears that."""
     with _quietly(model, state.spec):
         try:
-            no_generation = proof.compare(model, state.spec, stock)
+            facts = proof.compare(model, state.spec, facts, stock)
         except UnsupportedModelError:
             if not links:
                 raise
             for link in links:
                 link.remove()
                 state.handles.remove(link)
-            facts = replace(facts, skips_mlp=False)
-            no_generation = proof.compare(model, state.spec, stock)
-    facts = replace(facts, no_generation=no_generation)
-    state.spec = facts.into(state.spec)
+            facts = replace(proof.compare(model, state.spec, facts, stock), skips_mlp=False)
+        if spec.kind == "encoder":
+            facts = proof.read_head(model, state.spec, facts, stock)
+    state.spec = facts.into(spec)
     proof.remember(model, facts)
 
 
@@ -260,24 +405,38 @@ def _probe(model: Any, spec: BackboneSpec) -> list[Observed]:
     try:
         with eval_mode(model):
             hidden = spec.base_model(
-                inputs_embeds=embeds, attention_mask=no_mask(device), position_ids=torch.arange(2, device=device)[None],
+                inputs_embeds=embeds, attention_mask=no_mask(device),
+                position_ids=spec.first_position + torch.arange(2, device=device)[None],
                 **cache_off(spec), **{KEYWORD: context},
             ).last_hidden_state  # fmt: skip
     except UnsupportedModelError as error:
-        raise proof.refuse(spec, str(error)) from error
+        raise refuse(spec, str(error)) from error
     except Exception as error:
         routed = "" if observed else "its attention does not go through transformers' attention interface, or "
-        raise proof.refuse(
-            spec, f"{routed}a trial forward of packed rows failed ({proof.first_line(error)})"
-        ) from error
+        raise refuse(spec, f"{routed}a trial forward of packed rows failed ({first_line(error)})") from error
+    if spec.kind == "encoder" and len(observed) == spec.num_layers:  # in which every module is called in its turn
+        observed = [replace(one, layer=index) for index, one in enumerate(observed)]
     missing = sorted(set(range(spec.num_layers)) - {one.layer for one in observed})
     if missing or hidden.shape[:2] != (1, 2):
-        raise proof.refuse(
+        raise refuse(
             spec,
             f"the attention of layers {missing} does not go through transformers' attention interface, or not with the "
             "keywords of the model call",
         )
     return sorted(observed, key=lambda one: one.layer)
+
+
+class _Places:
+    """Tells attention modules which layers they are, `others` that they are none; `remove` takes it back."""
+
+    def __init__(self, observed: list[Observed], others: Iterable[nn.Module] = ()) -> None:
+        self.modules = {one.module for one in observed} | set(others)
+        for module in self.modules:
+            setattr(module, PLACES, tuple(one.layer for one in observed if one.module is module))
+
+    def remove(self) -> None:
+        for module in self.modules:
+            delattr(module, PLACES)
 
 
 def no_mask(device: torch.device) -> Tensor:

@@ -1,18 +1,19 @@
-"""Proves on a few tokens that a family without tests of its own computes through the shared path what it did stock.
+"""Proves on a few tokens that a family without tests of its own computes through ptengine what it did stock.
 
-A prompt of four virtual tokens with two short texts runs three ways against the stock rows: as a row of the packed
-batch, as kept keys and values, and in a left-padded batch with a cache, as generation does. Sliding windows are
-narrowed for the duration, or no short row would reach beyond one. The cost is nine forwards of at most a dozen tokens,
-once per model. Random numbers, gradients, training modes and configurations are left as they were.
+A prompt of four virtual tokens with two short texts runs against the stock rows of `trial`. In a causal family three
+ways: as a row of the packed batch, as kept keys and values, and in a left-padded batch with a cache, as generation
+does. In a bidirectional one in packed rows, and its head from hidden states at hand. Where the shared path does not
+serve, rows of a stock batch with the prompt in place. Sliding windows are narrowed for the duration, or no short row
+would reach beyond one. The cost is a dozen forwards of at most a dozen tokens, once per model. Random numbers,
+gradients, training modes and configurations are left as they were.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,14 +21,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from ptengine.backbone.attention import KEYWORD, Observed, PrefixContext
+from ptengine.backbone.families import UNLIMITED
+from ptengine.backbone.heads import Pooling, head_output, pooling_of
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX, pack_rows
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.backbone.trial import VIRTUAL, StockRows, distance_of, first_line, refuse, tolerance
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["Facts", "StockRows", "compare", "known", "measure", "narrowed", "refuse", "remember", "stock_rows"]
+__all__ = ["Facts", "compare", "compare_in_row", "known", "measure", "narrowed", "read_head", "remember"]
 
-_VIRTUAL, _LENGTHS = 4, (6, 3)
 _NARROW = 4  # window during the comparison: text sees a part of the prompt, then none of it
 
 
@@ -36,38 +39,32 @@ class Facts:
     """What was measured and proven of one model; no modules, so that it does not keep the model alive.
 
     Attributes:
-        num_heads, num_kv_heads, head_dim, value_dim, windowed, no_generation: as in `BackboneSpec`.
         skips_mlp: the last MLP may be narrowed to the rows that are wanted.
+        others: as in `BackboneSpec`.
     """
 
+    kind: Literal["causal", "encoder", "seq2seq"]
     num_heads: int
     num_kv_heads: int
     head_dim: int
     value_dim: int
-    windowed: tuple[int, ...]
+    windowed: tuple[int, ...] = ()
     no_generation: str | None = None
+    path: Literal["shared", "in_row"] = "shared"
+    why_in_row: str | None = None
+    no_prefix: str | None = None
+    pads: bool = True
+    first_position: int = 0
+    pooling: Pooling | None = None
+    no_head: str | None = None
     skips_mlp: bool = True
 
     def into(self, spec: BackboneSpec) -> BackboneSpec:
-        return replace(
-            spec, num_heads=self.num_heads, num_kv_heads=self.num_kv_heads, head_dim=self.head_dim,
-            value_dim=self.value_dim, windowed=self.windowed, no_generation=self.no_generation,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StockRows:
-    """The texts, the prompt, and what the stock model makes of each row behind it.
-
-    Attributes:
-        ids: of the texts.
-        embeds: [P, d].
-        results: per row [P + T, V], logits, or [P + T, d], last hidden states of a model without an LM head.
-    """
-
-    ids: list[list[int]]
-    embeds: Tensor
-    results: list[Tensor]
+        facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "skips_mlp"}
+        limit = spec.max_positions
+        if self.first_position and limit < UNLIMITED:
+            limit -= self.first_position
+        return replace(spec, **facts, max_positions=limit)
 
 
 _proven: WeakKeyDictionary[Any, Facts] = WeakKeyDictionary()
@@ -81,84 +78,50 @@ def remember(model: Any, facts: Facts) -> None:
     _proven[model] = facts
 
 
-def refuse(spec: BackboneSpec, reason: str) -> UnsupportedModelError:
-    return UnsupportedModelError(f"model type {spec.model_type!r} is not supported: {reason}")
-
-
-def first_line(error: Exception) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
-
-
 @contextmanager
 def narrowed(model: nn.Module) -> Iterator[None]:
     """Every sliding window in the configurations and modules of `model` is `_NARROW` inside the block.
 
-    Written past the configurations' own checks, which compare a window with other fields.
+    Written past the configurations' own checks, which compare a window with other fields. A module's window that is
+    one off its configuration's, which includes or leaves out the token itself, stays so.
     """
     holders = {id(module): module for module in model.modules()}
     holders |= {id(c): c for module in model.modules() if (c := getattr(module, "config", None)) is not None}
-    windows = [
-        (holder, value)
-        for holder in holders.values()
-        if isinstance(value := vars(holder).get("sliding_window"), int) and value > 0 and not isinstance(value, bool)
-    ]
-    for holder, _ in windows:
-        object.__setattr__(holder, "sliding_window", _NARROW)
+    windows = {
+        key: (holder, value)
+        for key, holder in holders.items()
+        if isinstance(value := _declared_window(holder), int) and value > 0 and not isinstance(value, bool)
+    }
+    for holder, value in windows.values():
+        _, declared = windows.get(id(getattr(holder, "config", None)), (None, value))
+        off = value - declared
+        object.__setattr__(holder, "sliding_window", _NARROW + (off if abs(off) <= 1 else 0))
     try:
         yield
     finally:
-        for holder, value in windows:
+        for holder, value in windows.values():
             object.__setattr__(holder, "sliding_window", value)
 
 
-@torch.no_grad()
-def stock_rows(model: Any, spec: BackboneSpec) -> StockRows:
-    """Run the stock model, in eval mode and with its windows narrowed, on each text behind the prompt.
-
-    Raises:
-        UnsupportedModelError: it fails on input embeddings.
-    """
-    weight = spec.word_embeddings.weight
-    generator = torch.Generator().manual_seed(0)
-    ids = [torch.randint(spec.vocab_size, (length,), generator=generator).tolist() for length in _LENGTHS]
-    noise = torch.randn(_VIRTUAL, spec.hidden_size, generator=generator).to(weight)  # [P, d]
+def _declared_window(holder: Any) -> Any:
     try:
-        words = [spec.word_embeddings(torch.tensor(row, device=weight.device)) for row in ids]  # [T, d] each
-        embeds = noise * torch.cat(words).float().std().to(weight)
-        rows = [torch.cat([embeds, text])[None] for text in words]  # [1, P + T, d] each
-        results = [spec.base_model(inputs_embeds=row, use_cache=False).last_hidden_state[0] for row in rows]
-        if spec.lm_head is not None:
-            hidden, results = results, [model(inputs_embeds=row, use_cache=False).logits[0] for row in rows]
-    except Exception as error:
-        raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
-    if spec.lm_head is not None:
-        from ptengine.backbone.step import vocabulary_logits
-
-        try:
-            distance = _distance(torch.cat([vocabulary_logits(spec, one) for one in hidden]), torch.cat(results))
-        except RuntimeError:
-            distance = math.inf
-        if not distance <= tolerance(spec, results[0].dtype):
-            raise refuse(
-                spec,
-                "its logits are not those of its LM head's matrix over the last hidden states, which differ by "
-                f"{distance:.1e}: it has a head of several layers or a scale ptengine does not know",
-            )
-    return StockRows(ids, embeds, results)
+        return getattr(holder, "sliding_window", None)
+    except Exception:  # of configurations whose value differs by layer
+        return None
 
 
 def measure(spec: BackboneSpec, observed: Sequence[Observed]) -> Facts:
     """The facts in what every layer handed to attention.
 
     Raises:
-        UnsupportedModelError: layers differ, or tokens see each other both ways.
+        UnsupportedModelError: layers differ, or are not causal where the model is, or the reverse.
     """
     layers = [one.layer for one in observed]
     if layers != list(range(spec.num_layers)):
         raise refuse(spec, f"its layers reach attention in the order {layers}, not each once")
-    if not all(one.causal for one in observed):
-        raise refuse(spec, "its tokens see each other both ways, so virtual tokens depend on the text")
+    causal = spec.kind == "causal"
+    if any(one.causal != causal for one in observed):
+        raise refuse(spec, "its attention says of some layers that tokens see each other both ways, of others not")
     shapes = {(one.num_heads, one.key, one.value) for one in observed}
     if len(shapes) > 1:
         raise refuse(
@@ -166,12 +129,12 @@ def measure(spec: BackboneSpec, observed: Sequence[Observed]) -> Facts:
         )
     [(num_heads, (num_kv_heads, head_dim), (_, value_dim))] = shapes
     windowed = tuple(index for index, one in enumerate(observed) if one.window is not None)
-    return Facts(num_heads, num_kv_heads, head_dim, value_dim, windowed)
+    return Facts(spec.kind, num_heads, num_kv_heads, head_dim, value_dim, windowed, first_position=spec.first_position)
 
 
 @torch.no_grad()
-def compare(model: Any, spec: BackboneSpec, stock: StockRows) -> str | None:
-    """Hold the patched model, with its windows narrowed, to `stock`; returns why it does not generate, or None.
+def compare(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) -> Facts:
+    """Hold the patched model, with its windows narrowed, to `stock`; returns `facts` with what was found.
 
     Raises:
         UnsupportedModelError: the packed step gives other numbers; the message has the figure.
@@ -180,40 +143,100 @@ def compare(model: Any, spec: BackboneSpec, stock: StockRows) -> str | None:
 
     soft = VirtualTokens(stock.embeds)
     try:
-        _require_equal(spec, soft, stock, "virtual tokens")
+        if spec.kind == "encoder":
+            _require_equal_text(spec, stock, "virtual tokens in packed rows")
+            ignored = _diagnosis(spec)
+            reason = "it ignores position_ids, so a text cannot be told that a prefix stands before it"
+            return replace(facts, no_prefix=reason if ignored else None)
+        _require_equal(spec, soft, stock, "virtual tokens through the shared path")
         kept = capture_prefix(model, soft)
-        _require_equal(spec, kept, stock, "a prefix of keys and values")
+        _require_equal(spec, kept, stock, "a prefix of keys and values through the shared path")
     except UnsupportedModelError:
         raise
     except Exception as error:
         raise refuse(spec, f"a trial step over packed rows failed ({first_line(error)})") from error
-    if spec.lm_head is None:
+    return replace(facts, no_generation=_no_generation(model, spec, kept, stock))
+
+
+@torch.no_grad()
+def compare_in_row(spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
+    """Hold the stock model, with the prompt in every row of a batch, to rows that run alone.
+
+    Args:
+        spec: of the model, with `path` in-row.
+        stock: the rows alone.
+        why: why the shared path does not serve the model.
+
+    Raises:
+        UnsupportedModelError: the numbers depend on the other rows of the batch; the message has `why`, too.
+    """
+    facts = Facts(
+        spec.kind, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim, path="in_row", why_in_row=why,
+        no_generation="a prompt that stands in every row is not kept apart" if spec.kind == "causal" else None,
+        no_prefix=why, first_position=spec.first_position,
+    )  # fmt: skip
+    for pads in (True, False):
+        facts = replace(facts, pads=pads)
+        try:
+            if spec.kind == "causal":
+                _require_equal(facts.into(spec), VirtualTokens(stock.embeds), stock, "virtual tokens in the row")
+            else:
+                _require_equal_text(facts.into(spec), stock, "virtual tokens in the row")
+        except Exception as error:
+            reason = error
+        else:
+            return facts
+    raise refuse(spec, f"{why}; and {first_line(reason)}") from reason
+
+
+@torch.no_grad()
+def read_head(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) -> Facts:
+    """How the head of an encoder is read from hidden states at hand, or why it cannot be."""
+    ids = torch.tensor(stock.ids[:1], device=spec.word_embeddings.weight.device)  # [1, T]
+    mask = torch.ones_like(ids)  # [1, T]
+    bound = tolerance(spec, spec.word_embeddings.weight.dtype)
+    try:
+        out = spec.base_model(input_ids=ids, attention_mask=mask)
+        hidden, pooler_output = out.last_hidden_state, out.get("pooler_output")  # [1, T, d], [1, d] or None
+        if pooler_output is not None:
+            facts = replace(facts, pooling=pooling_of(spec.base_model, hidden, pooler_output, bound))
+        if model is spec.base_model:
+            return facts
+        expected = model(input_ids=ids, attention_mask=mask).logits
+        got = head_output(model, spec.base_model, facts.pooling, hidden, mask)
+        distance = distance_of(got, expected)
+        if got.dim() == 3 and distance <= bound:  # a head that reads tokens reads each alone
+            part = head_output(model, spec.base_model, facts.pooling, hidden[:, 1::2], mask[:, 1::2])
+            distance = distance_of(part, expected[:, 1::2])
+    except Exception as error:
+        return replace(facts, no_head=f"a trial of its head failed ({first_line(error)})")
+    if distance <= bound:
+        return facts
+    reason = f"its head computes from more than the last hidden states of its {type(spec.base_model).__name__}"
+    return replace(facts, no_head=reason)
+
+
+def _no_generation(model: Any, spec: BackboneSpec, kept: KeyValuePrefix, stock: StockRows) -> str | None:
+    if stock.logits is None:
         return None
     try:
         got = _with_cache(model, kept, stock.ids)  # [B, V]
     except Exception as error:
         return f"a trial step with a cache failed ({first_line(error)})"
-    expected = torch.stack([result[-1] for result in stock.results])  # [B, V]
-    distance, bound = _distance(got, expected), tolerance(spec, expected.dtype)
+    expected = torch.stack([result[-1] for result in stock.logits])  # [B, V]
+    distance, bound = distance_of(got, expected), tolerance(spec, expected.dtype)
     if distance <= bound:
         return None
     return f"a trial step with a cache differed from the stock computation by {distance:.1e} (bound {bound:.1e})"
 
 
-def tolerance(spec: BackboneSpec, dtype: torch.dtype) -> float:
-    """Relative distance of two orders of the same sums.
+def _require_equal_text(spec: BackboneSpec, stock: StockRows, what: str) -> None:
+    """Hold the hidden states of the texts of a bidirectional model to the stock rows."""
+    from ptengine.backbone.step import text_hidden
 
-    Each layer rounds its results, which differ by a few ulps, and errors of layers add up like a random walk; the
-    constant is for single precision, where the sums inside products, not the results, have the larger error. Leaving
-    out a rule of attention costs 0.05 and more.
-    """
-    return math.sqrt(spec.num_layers) * (4 * torch.finfo(dtype).eps + 1e-4)
-
-
-def _distance(got: Tensor, expected: Tensor) -> float:
-    got, expected = got.double(), expected.double()
-    distance = ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-    return math.inf if math.isnan(distance) else distance
+    got = text_hidden(spec, VirtualTokens(stock.embeds), pack_rows(stock.ids))  # [N, d]
+    expected = torch.cat([hidden[VIRTUAL:] for hidden in stock.hidden])  # [N, d]
+    _require_close(spec, got, expected, what)
 
 
 def _require_equal(spec: BackboneSpec, prompt: LoweredPrompt, stock: StockRows, what: str) -> None:
@@ -222,17 +245,21 @@ def _require_equal(spec: BackboneSpec, prompt: LoweredPrompt, stock: StockRows, 
     labels = [[IGNORE_INDEX] * len(row) for row in stock.ids]  # the first text is labelled, and the last token
     labels[0], labels[-1][-1] = list(stock.ids[0]), stock.ids[-1][-1]
     found = predicting_hidden(spec, prompt, pack_rows(stock.ids, labels))
-    got = found.hidden if spec.lm_head is None else vocabulary_logits(spec, found.hidden)  # [n, V] or [n, d]
-    first = stock.results[0][_VIRTUAL - 1 : -1]  # what predicts each token of the first text
+    results = stock.hidden if stock.logits is None else stock.logits
+    got = found.hidden if stock.logits is None else vocabulary_logits(spec, found.hidden)  # [n, V] or [n, d]
+    first = results[0][VIRTUAL - 1 : -1]  # what predicts each token of the first text
     if isinstance(prompt, KeyValuePrefix):
         first = first[1:]  # nothing predicts its first token
-    expected = torch.cat([first, stock.results[-1][-2:-1]])  # [n, V] or [n, d]
-    distance, bound = _distance(got, expected), tolerance(spec, expected.dtype)
+    _require_close(spec, got, torch.cat([first, results[-1][-2:-1]]), what)
+
+
+def _require_close(spec: BackboneSpec, got: Tensor, expected: Tensor, what: str) -> None:
+    distance, bound = distance_of(got, expected), tolerance(spec, expected.dtype)
     if not distance <= bound:
         raise refuse(
             spec,
-            f"{what} through the shared path gave results that differ from the stock computation by {distance:.1e} "
-            f"(relative; bound {bound:.1e}){_diagnosis(spec)}",
+            f"{what} gave results that differ from the stock computation by {distance:.1e} "
+            f"(relative; bound {bound:.1e}){_diagnosis(spec) if spec.path == 'shared' else ''}",
         )
 
 
@@ -259,7 +286,7 @@ def _with_cache(model: Any, kept: KeyValuePrefix, ids: list[list[int]]) -> Tenso
     starts = torch.tensor([longest - len(row) for row in ids], device=device)  # [B]
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)  # [B, T]
     mask = (torch.arange(longest, device=device) >= starts[:, None]).long()  # [B, T]
-    positions = (_VIRTUAL + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T]
+    positions = (VIRTUAL + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T]
     context = PrefixContext(
         keys=tuple(x[None] for x in kept.keys),
         values=tuple(x[None] for x in kept.values),

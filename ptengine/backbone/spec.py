@@ -1,8 +1,9 @@
 """The facts of a backbone that prompts, packing and lowering need, read once from the model itself.
 
-Families that tests hold to the stock computation are read from their configuration. Every other causal family is
-measured: the same names mean different things there (the `head_dim` of latent attention is that of the rotary part
-alone), so heads and widths are those of the keys and values that reach attention in a trial forward.
+Families that tests hold to the stock computation are read from their configuration. Every other family is measured:
+whether its tokens see each other both ways, where its positions begin, and, since the same names mean different things
+(the `head_dim` of latent attention is that of the rotary part alone), its heads and widths from the keys and values
+that reach attention in a trial forward.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ class BackboneSpec:
 
     Attributes:
         model_type: transformers' name of the architecture, for example ``"llama"``.
-        kind: ``"causal"`` (virtual tokens run as a row of the batch, shared by all rows) or ``"encoder"``
-            (bidirectional: virtual tokens stand in every row).
+        kind: ``"causal"`` (a token sees what stands before it), ``"encoder"`` (bidirectional: virtual tokens stand in
+            every row) or ``"seq2seq"`` (an encoder-decoder: virtual tokens stand in the encoder's rows, prefixes before
+            the decoder's). Layers, heads and widths of the last are its decoder's.
         hidden_size: d, width of the word embeddings.
         num_layers: L.
         num_kv_heads: H_kv, key and value heads (fewer than the query heads under grouped-query attention).
@@ -50,11 +52,19 @@ class BackboneSpec:
         logit_scale: factor of the vocabulary logits.
         logit_softcap: c in ``c * tanh(logits / c)`` after it, or None.
         windowed: layers whose attention sees a sliding window.
+        path: ``"shared"`` (rows are packed and attention is ptengine's) or ``"in_row"`` (virtual tokens stand in every
+            row of a stock batch and attention is the model's own; no prefixes).
+        why_in_row: why the shared path does not serve the model, None where it does.
+        no_prefix: why the model takes no prefix of keys and values, or None where it does.
+        pads: in-row only: whether the model's numbers bear padding; otherwise rows of equal length run together.
+        first_position: the position id of a row's first token, of encoders.
+        pooling: how an encoder pools its last hidden states, see `ptengine.backbone.heads.pooled`; None for not at all.
+        no_head: why the head of an encoder cannot be read behind a prompt, or None where it can.
         no_generation: why this model does not generate behind a kept prompt, or None where it does.
     """
 
     model_type: str
-    kind: Literal["causal", "encoder"]
+    kind: Literal["causal", "encoder", "seq2seq"]
     hidden_size: int
     num_layers: int
     num_heads: int
@@ -70,6 +80,13 @@ class BackboneSpec:
     logit_softcap: float | None = None
     windowed: tuple[int, ...] = ()
     no_generation: str | None = None
+    path: Literal["shared", "in_row"] = "shared"
+    why_in_row: str | None = None
+    no_prefix: str | None = None
+    pads: bool = True
+    first_position: int = 0
+    pooling: Literal["module", "first_token"] | None = None
+    no_head: str | None = None
 
     def __post_init__(self) -> None:
         if not self.value_dim:
@@ -77,7 +94,7 @@ class BackboneSpec:
 
 
 def kind_of(model_type: str) -> Literal["causal", "encoder"]:
-    """What a model type that was served is: all encoders are known by name."""
+    """What a model type is as far as its name tells: others than those proven by tests are measured, see `proof`."""
     return SUPPORTED_MODEL_TYPES.get(model_type, "causal")
 
 
@@ -118,6 +135,8 @@ def config_spec(model: Any) -> BackboneSpec:
     reason = families.refusal(config)
     if model_type == "bert" and getattr(config, "is_decoder", False):
         reason = "it is a decoder"
+    if proven and getattr(config, "is_encoder_decoder", False):
+        reason = "its configuration says that it is an encoder-decoder"
     embeddings = output = None
     if reason is None:
         try:
@@ -127,30 +146,41 @@ def config_spec(model: Any) -> BackboneSpec:
     if reason is None and not isinstance(embeddings, nn.Embedding):
         reason = f"its word embeddings are a {type(embeddings).__name__}, not a table of vectors"
     if reason is None and output is not None and getattr(getattr(output, "weight", None), "ndim", 0) != 2:
-        reason = f"its LM head is a {type(output).__name__} without a weight [V, d]"
+        output = None
     if reason is not None:
         raise UnsupportedModelError(f"model type {model_type!r} is not supported: {reason}")
     assert embeddings is not None
+    base = model.base_model
+    if base is model and output is not None:  # where a class names its part without the head wrongly
+        parts = (part for part in model.children() if any(module is embeddings for module in part.children()))
+        base = next(parts, model)
     # Decoders taken out of an encoder-decoder keep its configuration, whose num_hidden_layers are the encoder's.
-    num_layers = _first(config, "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers")
-    num_heads = _first(config, "num_attention_heads", "n_head", "num_heads", "n_heads")
-    if not num_layers or not num_heads:
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported: it has no attention layers")
+    seq2seq = getattr(config, "is_encoder_decoder", False)
+    nested = getattr(config, "decoder", None) if seq2seq else None  # some have a configuration for each part
+    sizes = nested if nested is not None and not isinstance(nested, dict) else config
+    num_layers = _first(
+        sizes, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"
+    )
+    num_heads = _first(sizes, "num_attention_heads", "n_head", "num_heads", "n_heads")
+    if not num_layers:
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported: it has no layers")
+    num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,
-        kind=kind_of(model_type),
+        kind="seq2seq" if seq2seq else kind_of(model_type),
         hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
         num_layers=num_layers,
         num_heads=num_heads,
-        num_kv_heads=_first(config, "num_key_value_heads") or num_heads,
-        head_dim=_first(config, "head_dim") or embeddings.embedding_dim // num_heads,
+        num_kv_heads=_first(sizes, "num_key_value_heads") or num_heads,
+        head_dim=_first(sizes, "head_dim") or embeddings.embedding_dim // num_heads,
         max_positions=families.max_positions(config),
         vocab_size=embeddings.num_embeddings,
         word_embeddings=embeddings,
-        base_model=model.base_model,
+        base_model=base,
         lm_head=output,
         logit_scale=families.logit_scale(config),
         logit_softcap=families.logit_softcap(config),
+        pooling="module" if proven and getattr(base, "pooler", None) is not None else None,
     )
 
 

@@ -1,9 +1,9 @@
 """One step of a frozen backbone over a packed batch with its prompts.
 
 In a causal backbone virtual tokens are rows of the batch, one per prompt, which the texts' rows read in every layer:
-P + sum(T_i) positions instead of B * (P + max T). In a bidirectional one they stand in every row. Prefixes are read by
-every layer's attention from where they lie. Positions of a text start behind its prompt. Only hidden states that
-predict a label leave this room.
+P + sum(T_i) positions instead of B * (P + max T). In a bidirectional one, and where the shared path does not serve,
+they stand in every row. Prefixes are read by every layer's attention from where they lie. Positions of a text start
+behind its prompt. Only hidden states that predict a label leave this room.
 """
 
 from __future__ import annotations
@@ -16,28 +16,32 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.in_row import run_in_row
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.patching import cache_off, no_mask, require_patched
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.errors import InputError
+from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
     "LabelHidden",
+    "Layout",
     "PackedLoss",
     "Prompts",
     "capture_prefix",
     "check_fit",
+    "checked_prompts",
     "label_hidden",
     "label_log_probs",
     "label_losses",
+    "lay_out",
     "packed_call",
     "packed_loss",
     "predicting_hidden",
-    "sequence_logits",
     "stack_prefixes",
+    "text_hidden",
     "vocabulary_logits",
 ]
 
@@ -69,7 +73,7 @@ class LabelHidden:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """A packed batch with its virtual tokens in place."""
 
     embeds: Tensor  # [N, d]
@@ -168,8 +172,8 @@ def predicting_hidden(
     batch = batch.to(spec.word_embeddings.weight.device)
     if batch.labels is None:
         raise InputError("expected a batch with labels, got none")
-    prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
-    layout = _lay_out(spec, prompts, ids, batch)
+    prompts, ids = checked_prompts(spec, lowered, batch, prompt_ids)
+    layout = lay_out(spec, prompts, ids, batch)
     before = layout.text - 1  # [tokens]
     first = batch.cu_seqlens[:-1][batch.cu_seqlens.diff() > 0].long()  # first token of every row that has one
     before[first] = layout.before_text[layout.row_of_token[first]]
@@ -181,32 +185,13 @@ def predicting_hidden(
     return LabelHidden(hidden[predictors], batch.labels[wanted], layout.row_of_token[wanted])
 
 
-def sequence_logits(
-    model: Any, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
+def text_hidden(
+    spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
 ) -> Tensor:
-    """Logits [B, C] of an encoder's own sequence-classification head, read at each row's first token ([CLS]).
-
-    Virtual tokens stand before it in the row; the head still reads the first *text* token.
-
-    Raises:
-        InputError: the model is not patched or has no sequence-classification head, the prompt does not fit it, or a
-            row is empty.
-    """
-    spec = require_patched(model)
-    head = getattr(model, "classifier", None)
-    if spec.kind != "encoder" or head is None:
-        raise InputError(f"expected an encoder with a sequence-classification head, got {type(model).__name__}")
-    lengths = batch.cu_seqlens.diff()
-    if bool((lengths == 0).any()):
-        raise InputError(f"expected rows of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
-    prompts, ids = _prompts(spec, lowered, batch, prompt_ids)
-    layout = _lay_out(spec, prompts, ids, batch)
-    hidden = _run(spec, layout, prompts, ids, token_type_ids=batch.token_type_ids)
-    first = hidden[layout.text[batch.cu_seqlens[:-1].long()]]  # [B, d]
-    pooler = getattr(spec.base_model, "pooler", None)
-    pooled = first if pooler is None else pooler(first[:, None])  # [B, d]
-    dropout = getattr(model, "dropout", None)
-    return head(pooled if dropout is None else dropout(pooled))  # [B, C]
+    """Last hidden states [tokens, d] of the texts of a patched encoder, in the order of the batch's tokens."""
+    prompts, ids = checked_prompts(spec, lowered, batch, prompt_ids)
+    layout = lay_out(spec, prompts, ids, batch)
+    return _run(spec, layout, prompts, ids, token_type_ids=batch.token_type_ids)[layout.text]
 
 
 def capture_prefix(model: Any, virtual: VirtualTokens) -> KeyValuePrefix:
@@ -214,6 +199,8 @@ def capture_prefix(model: Any, virtual: VirtualTokens) -> KeyValuePrefix:
     spec = require_patched(model)
     if spec.kind != "causal":
         raise InputError(f"expected a causal model, got {spec.model_type!r}: its virtual tokens depend on the text")
+    if spec.path != "shared":
+        raise UnsupportedModelError(f"model type {spec.model_type!r} keeps no prompt apart: {spec.no_prefix}")
     size = virtual.num_virtual_tokens
     device = spec.word_embeddings.weight.device
     check_fit(spec, virtual)
@@ -247,7 +234,7 @@ def stack_prefixes(
     return keys, values, torch.tensor(sizes, dtype=torch.int32, device=device)
 
 
-def _prompts(
+def checked_prompts(
     spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, prompt_ids: Sequence[int] | None
 ) -> tuple[list[LoweredPrompt], list[int]]:
     """The prompts as a list and the prompt of every row, checked against each other and the model."""
@@ -289,6 +276,10 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
                 f"expected virtual tokens of the model's width {spec.hidden_size}, got {prompt.embeds.shape[1]}"
             )
         return
+    if spec.no_prefix is not None:
+        raise UnsupportedModelError(
+            f"model type {spec.model_type!r} is not supported with a prefix of keys and values: {spec.no_prefix}"
+        )
     for name, x, dim in (("keys", prompt.keys, spec.head_dim), ("values", prompt.values, spec.value_dim)):
         expected = (spec.num_layers, spec.num_kv_heads, dim)
         layers, _, heads, width = x.shape
@@ -299,7 +290,7 @@ def check_fit(spec: BackboneSpec, prompt: LoweredPrompt) -> None:
             )
 
 
-def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], batch: PackedBatch) -> _Layout:
+def lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], batch: PackedBatch) -> Layout:
     """Place virtual tokens, as rows of their own or in every row, and give every token its position."""
     device = spec.word_embeddings.weight.device
     batch = batch.to(device)
@@ -326,7 +317,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
         text_embeds = add_offsets(text_embeds, offsets, torch.tensor(ids, device=device)[row_of_token], within)
     nothing = torch.full((len(lengths),), -1, dtype=torch.int64, device=device)  # [rows]
     if not prompts or isinstance(prompts[0], KeyValuePrefix):
-        return _Layout(
+        return Layout(
             embeds=text_embeds,
             positions=text_positions,
             text=torch.arange(batch.num_tokens, device=device),
@@ -343,10 +334,10 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     ]
     starts = torch.tensor([0, *sizes], device=device).cumsum(0)  # [N + 1], first virtual token of each prompt
     prompt_of_row = torch.tensor(ids, device=device)  # [rows]
-    if spec.kind == "causal":
+    if spec.kind == "causal" and spec.path == "shared":
         total = int(sum(sizes))
         last = torch.where(virtual_of_row > 0, starts[prompt_of_row + 1] - 1, nothing)  # [rows]
-        return _Layout(
+        return Layout(
             embeds=torch.cat([*embeds, text_embeds]),
             positions=torch.cat([*(torch.arange(size, device=device) for size in sizes), text_positions]),
             text=total + torch.arange(batch.num_tokens, device=device),
@@ -356,7 +347,7 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
             max_seqlen=max([batch.max_seqlen, *sizes]),
             prefix_rows=torch.cat([torch.full_like(starts[:-1], -1), prompt_of_row]).to(torch.int32),
         )
-    # A bidirectional backbone: [virtual tokens; text] in every row, gathered from prompts and texts laid end to end.
+    # [virtual tokens; text] in every row, gathered from prompts and texts laid end to end.
     source = torch.cat([*embeds, text_embeds])  # [sum P_n + tokens, d]
     spans, is_virtual = [], []
     for row, prompt in enumerate(ids):
@@ -368,12 +359,13 @@ def _lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], b
     cu_seqlens = torch.nn.functional.pad((batch.cu_seqlens.diff() + virtual_of_row).cumsum(0), (1, 0)).to(torch.int32)
     in_row = torch.tensor(is_virtual, dtype=torch.bool, device=device)  # [N]
     row_of_position = torch.repeat_interleave(torch.arange(len(lengths), device=device), cu_seqlens.diff().long())
-    return _Layout(
+    row_starts = cu_seqlens[:-1].long()  # [rows]
+    return Layout(
         embeds=source[torch.cat(spans)],
-        positions=torch.arange(in_row.numel(), device=device) - cu_seqlens[:-1].long()[row_of_position],
+        positions=torch.arange(in_row.numel(), device=device) - row_starts[row_of_position],
         text=(~in_row).nonzero()[:, 0],
         row_of_token=row_of_token,
-        before_text=nothing,
+        before_text=torch.where(virtual_of_row > 0, row_starts + virtual_of_row - 1, nothing),
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
         prefix_rows=None,
@@ -395,7 +387,7 @@ def _check_vocabulary(spec: BackboneSpec, batch: PackedBatch) -> None:
 
 def _run(
     spec: BackboneSpec,
-    layout: _Layout,
+    layout: Layout,
     prompts: list[LoweredPrompt],
     ids: list[int],
     *,
@@ -403,6 +395,13 @@ def _run(
     token_type_ids: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states [N, d] of the whole layout; those outside `hidden_rows` are meaningless."""
+    types = None
+    if token_type_ids is not None:
+        types = torch.zeros(layout.embeds.shape[0], dtype=torch.int64, device=layout.embeds.device)
+        types[layout.text] = token_type_ids.to(types.device)
+    if spec.path == "in_row":
+        embeds = layout.embeds.to(device=spec.word_embeddings.weight.device, dtype=spec.word_embeddings.weight.dtype)
+        return run_in_row(spec, embeds, layout.cu_seqlens, types)
     keys = values = lengths = prompt_ids = None
     if prompts and isinstance(prompts[0], KeyValuePrefix):
         device = layout.embeds.device
@@ -419,11 +418,7 @@ def _run(
         max_seqlen=layout.max_seqlen,
         hidden_rows=hidden_rows,
     )
-    extra = {}
-    if token_type_ids is not None:
-        types = torch.zeros(layout.embeds.shape[0], dtype=torch.int64, device=layout.embeds.device)
-        types[layout.text] = token_type_ids.to(types.device)
-        extra["token_type_ids"] = types[None]
+    extra = {} if types is None else {"token_type_ids": types[None]}
     return packed_call(spec, layout.embeds, layout.positions, context, **extra)
 
 
@@ -432,7 +427,7 @@ def packed_call(spec: BackboneSpec, embeds: Tensor, positions: Tensor, context: 
     embeds = embeds.to(device=spec.word_embeddings.weight.device, dtype=spec.word_embeddings.weight.dtype)
     out = spec.base_model(
         inputs_embeds=embeds[None],
-        position_ids=positions[None],
+        position_ids=positions[None] + spec.first_position if spec.first_position else positions[None],
         attention_mask=no_mask(embeds.device),
         **cache_off(spec),
         **{KEYWORD: context},

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from ptengine.backbone import families
 from ptengine.backbone.patching import patched, require_patched
+from ptengine.backbone.spec import BackboneSpec
 from ptengine.errors import UnsupportedModelError
 from ptengine.kernels.dispatch import explain
 
@@ -17,12 +18,13 @@ __all__ = ["LayerSupport", "SupportReport", "supports"]
 class LayerSupport:
     """Attributes:
     index: the layer.
-    path: ``"shared"`` (attention reads the prefix from where it lies) or ``"refused"``.
+    path: ``"shared"`` (attention reads the prefix from where it lies), ``"in_row"`` (the layer runs as it came, with
+        virtual tokens in every row) or ``"refused"``.
     reason: one sentence.
     """
 
     index: int
-    path: Literal["shared", "refused"]
+    path: Literal["shared", "in_row", "refused"]
     reason: str
 
 
@@ -54,14 +56,23 @@ def supports(model: Any) -> SupportReport:
             spec = require_patched(model)
     except UnsupportedModelError as error:
         return SupportReport(model_type, False, str(error), _refused_layers(model))
+    if spec.path == "in_row":
+        return SupportReport(model_type, True, _in_row_reason(spec), _in_row_layers(model, spec))
     device = spec.word_embeddings.weight.device
     if spec.kind == "causal":
         reason = "soft prompts run as one row of the packed batch, prefixes are read by every layer"
+    elif spec.kind == "seq2seq":
+        reason = "soft prompts stand in the encoder's rows, prefixes are read by every layer of the decoder"
     else:
-        reason = "bidirectional: soft prompts stand in every row, prefixes are read by every layer"
+        reason = "bidirectional: soft prompts stand in every row"
+        reason += "" if spec.no_prefix else ", prefixes are read by every layer"
     route = explain("prefix_attention_varlen", device)
     if spec.no_generation is not None:
         reason += f"; no generation: {spec.no_generation}"
+    if spec.no_prefix is not None:
+        reason += f"; soft prompts alone: {spec.no_prefix}"
+    if spec.no_head is not None:
+        reason += f"; hidden states alone: {spec.no_head}"
     layers = tuple(
         LayerSupport(
             index, "shared", f"sliding window over prompt and text; {route}" if index in spec.windowed else route
@@ -69,6 +80,28 @@ def supports(model: Any) -> SupportReport:
         for index in range(spec.num_layers)
     )
     return SupportReport(model_type, True, reason, layers)
+
+
+def _in_row_reason(spec: BackboneSpec) -> str:
+    where = "every row of a stock batch" if spec.kind != "seq2seq" else "the encoder's rows"
+    reason = f"soft prompts stand in {where}, with the model's own attention: {spec.why_in_row}"
+    if not spec.pads:
+        reason += "; rows of equal length run together, as the model's numbers depend on padding"
+    if spec.no_head is not None:
+        reason += f"; hidden states alone: {spec.no_head}"
+    return f"{reason}; no prefixes" + ("" if spec.kind == "encoder" else "; no generation")
+
+
+def _in_row_layers(model: Any, spec: BackboneSpec) -> tuple[LayerSupport, ...]:
+    kinds = families.layer_kinds(getattr(model, "config", None)) or []
+    if len(kinds) == spec.num_layers and any(kind not in families.LAYER_KINDS for kind in kinds):
+        return tuple(
+            LayerSupport(index, "in_row", "attention, but other layers of the model read no shared prefix")
+            if kind in families.LAYER_KINDS
+            else LayerSupport(index, "in_row", f"{kind} reads no shared prefix")
+            for index, kind in enumerate(kinds)
+        )
+    return tuple(LayerSupport(index, "in_row", str(spec.why_in_row)) for index in range(spec.num_layers))
 
 
 def _refused_layers(model: Any) -> tuple[LayerSupport, ...]:

@@ -105,6 +105,10 @@ class Prefix(Prompt):
         seed: int = 0,
     ) -> None:
         spec = backbone_spec(model)
+        if spec.no_prefix is not None:
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is not supported by Prefix: {spec.no_prefix}; a SoftPrompt works"
+            )
         if spec.value_dim != spec.head_dim:
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported by Prefix: its values are {spec.value_dim} wide and "
@@ -277,8 +281,8 @@ def text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
     """Keys and values [2, L, P, H_kv, D], fp32 on the CPU, that a causal model has for the tokens `ids` [P]."""
     if spec.kind != "causal":
         raise InputError(
-            f"a text's keys and values need a model with a cache of them, got the encoder {spec.model_type!r}, whose "
-            "tokens see each other both ways: expected a Prefix with init random or zero"
+            f"a text's keys and values need a causal model, in which they depend on nothing behind them, got the "
+            f"{spec.kind} {spec.model_type!r}: expected a Prefix with init random or zero"
         )
     training = [module for module in model.modules() if module.training]
     model.eval()

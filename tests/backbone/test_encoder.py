@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import BertModel
 
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, pack_padded, pack_rows, patched, sequence_logits
 
-from .stock import config, make, pad, parameters, prefix, random_rows, relative, virtual
+from .stock import make, pad, parameters, prefix, random_rows, relative, virtual
 
 LENGTHS = (5, 11, 1, 8)
 
@@ -134,13 +133,3 @@ def test_head_learns_and_the_encoder_does_not() -> None:
         "classifier.weight",
         "classifier.bias",
     }
-
-
-def test_an_encoder_without_pooler_reads_the_first_token() -> None:
-    torch.manual_seed(0)
-    model = make("bert")
-    model.bert = BertModel(config("bert"), add_pooling_layer=False).eval()
-    rows = random_rows(5)
-    exact = model.classifier(model.bert(torch.tensor(rows)).last_hidden_state[:, 0])
-    with patched(model):
-        torch.testing.assert_close(sequence_logits(model, None, pack_rows(rows)), exact, rtol=1e-5, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from ptengine.backbone import (
     unpatch,
 )
 from ptengine.errors import UnsupportedModelError
+from ptengine.prompts import Prefix, SoftPrompt
 
 from .stock import parameters, random_rows, relative, stock_loss, virtual
 from .test_generation import in_row, same, stock_prefix_search
@@ -63,7 +65,7 @@ SERVED: dict[str, dict[str, Any]] = {
 CACHED = [family for family in SERVED if family != "deepseek_v3"]
 GENERATED = ("mistral", "gemma2", "gemma3_text", "opt", "gpt_oss", "deepseek_v3", "cohere2")
 LINEAR = ["linear_attention", "full_attention"]
-REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+IN_ROW: dict[str, tuple[dict[str, Any], str]] = {
     "bloom": ({"n_layer": 2, "n_head": 4}, "does not go through transformers' attention interface"),
     "falcon": ({}, r"attention of layers \[0, 1\] does not go through"),
     "gpt_neo": ({"num_layers": 2, "num_heads": 4, "attention_types": [[["global"], 2]]}, "does not go through|window"),
@@ -72,13 +74,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "llama4_text": (HEADS | {"layer_types": ["chunked_attention", "full_attention"]}, "chunked_attention"),
     "bart": ({"d_model": WIDTH, "decoder_layers": 2, "encoder_layers": 2, "decoder_attention_heads": 4,
               "decoder_ffn_dim": 64}, "ignores position_ids"),
-    "electra": ({"is_decoder": True, "embedding_size": WIDTH}, "head of several layers"),
 }  # fmt: skip
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "electra": ({"is_decoder": True, "embedding_size": WIDTH}, "head of several layers"),
+}
 
 
 def make(family: str, seed: int = 0) -> Any:
     torch.manual_seed(seed)
-    changes = SERVED[family] if family in SERVED else REFUSED[family][0]
+    changes = SERVED[family] if family in SERVED else (IN_ROW | REFUSED)[family][0]
     config = AutoConfig.for_model(family, **(COMMON | changes))
     # SDPA, the default of some releases, leaves out the cap of Gemma 2's scores.
     stock = {"attn_implementation": "eager"} if family == "gemma2" else {}
@@ -194,10 +198,44 @@ def test_facts_are_measured() -> None:
     assert ["sliding window" in layer.reason for layer in report.layers] == [True, False]
 
 
-def test_layers_of_a_refused_hybrid() -> None:
+@pytest.mark.parametrize("family", IN_ROW)
+def test_in_the_row(family: str) -> None:
+    """What the shared path does not serve runs with its own attention: losses, gradients, and nothing left behind."""
+    model, (_, reason), rows = make(family), IN_ROW[family], random_rows(*LENGTHS)
+    prompts = [virtual(PROMPT, seed, width=WIDTH) for seed in (0, 1)]
+    before, state, ids = traces(model), torch.get_rng_state(), [1, 0, -1, 1]
+    expected = stock_loss(model, [None if n < 0 else prompts[n] for n in ids], rows, rows)
+    exact = torch.autograd.grad(expected, [prompt.embeds for prompt in prompts])
+    report = supports(model)
+    assert report.supported
+    assert {layer.path for layer in report.layers} == {"in_row"}
+    assert re.search(reason, report.reason)
+    with patched(model):
+        loss = packed_loss(model, prompts, pack_rows(rows, rows), prompt_ids=ids).loss
+    assert abs(loss.item() - expected.item()) < 1e-5
+    for got, wanted in zip(torch.autograd.grad(loss, [p.embeds for p in prompts]), exact, strict=True):
+        assert relative(got, wanted) < 2e-5
+    assert traces(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_the_row_alone_does_not_offer() -> None:
+    model = make("bloom")
+    with pytest.raises(UnsupportedModelError, match="not supported by Prefix: its attention does not go"):
+        Prefix(model, 3)
+    with pytest.raises(UnsupportedModelError, match="for generation: a prompt that stands in every row"):
+        generate(model, virtual(3, width=WIDTH), [[5]], max_new_tokens=1)
+    with pytest.raises(UnsupportedModelError, match="with an attached prompt"), SoftPrompt(model, 3).attached(model):
+        pass
+    with patched(model), pytest.raises(UnsupportedModelError, match="keeps no prompt apart"):
+        capture_prefix(model, virtual(3, width=WIDTH))
+
+
+def test_layers_of_a_hybrid() -> None:
     layers = supports(make("qwen3_next")).layers
-    assert [layer.path for layer in layers] == ["refused", "refused"]
+    assert [layer.path for layer in layers] == ["in_row", "in_row"]
     assert layers[0].reason.startswith("linear_attention")
+    assert layers[1].reason.startswith("attention, but other layers")
 
 
 def test_dynamic_rope_ends_where_its_frequencies_change() -> None:
@@ -232,8 +270,13 @@ def test_a_rule_left_out_is_found_out(family: str, rule: str, monkeypatch: pytes
     """The comparison refuses what attention does not respect: a rule that is lost on the way."""
     keywords = attention_module._Rules.keywords
     monkeypatch.setattr(attention_module._Rules, "keywords", lambda self: keywords(self) | {rule: None})
-    with pytest.raises(UnsupportedModelError, match=r"differ from the stock computation by \d"):
-        patch(make(family))
+    model, lost = make(family), r"differ from the stock computation by \d"
+    if rule != "window" and model.config._attn_implementation != "eager":
+        with pytest.raises(UnsupportedModelError, match=lost):  # the stock side may have left it out
+            patch(model)
+    else:
+        assert backbone_spec(model).path == "in_row"
+        assert re.search(lost, str(backbone_spec(model).why_in_row))
 
 
 def test_an_unknown_keyword_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,8 +285,8 @@ def test_an_unknown_keyword_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention_module, "_rules", lambda window, cap, sinks, others: stock(window, cap, sinks, others | {"bias": 1})
     )
-    with pytest.raises(UnsupportedModelError, match=r"'mistral' is not supported: its attention is handed .*bias"):
-        patch(model)
+    assert backbone_spec(model).path == "in_row"
+    assert re.search("its attention is handed .*bias", str(backbone_spec(model).why_in_row))
 
 
 def test_a_stock_side_that_leaves_out_the_cap_is_named() -> None:

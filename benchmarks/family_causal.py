@@ -1,0 +1,125 @@
+"""One row of the family matrix for a causal family: soft prompts and prefixes against the stock computation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
+from family_numbers import brief, errors_of, judged
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+import ptengine
+from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, label_hidden, pack_rows, patched
+from ptengine.backbone.step import vocabulary_logits
+from ptengine.errors import UnsupportedModelError
+
+
+def build(model_type: str) -> Any:
+    torch.manual_seed(0)
+    config = small_config(model_type)
+    if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
+        config.is_decoder = True  # encoders with a causal head are bidirectional without
+    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    count = sum(p.numel() for p in model.parameters())
+    if count > MOST_PARAMETERS:
+        raise RuntimeError(f"the shrunken model still has {count} parameters")
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            parameter.data.normal_()
+    return model
+
+
+def stock_soft(model: Any, embeds: Tensor, texts: list[list[int]]) -> Tensor:
+    """Logits of the positions that predict a token of the texts, rows run alone: [n, V]."""
+    out = []
+    for ids in texts:
+        words = model.get_input_embeddings()(torch.tensor(ids))
+        logits = model(inputs_embeds=torch.cat([embeds, words])[None], use_cache=False).logits[0]
+        out.append(logits[len(embeds) - 1 : -1])
+    return torch.cat(out)
+
+
+def stock_prefix(model: Any, prompt: KeyValuePrefix, texts: list[list[int]]) -> Tensor:
+    out, size = [], prompt.num_virtual_tokens
+    for ids in texts:
+        cache = DynamicCache()
+        for layer, (k, v) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
+            cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
+        logits = model(
+            torch.tensor(ids)[None], past_key_values=cache, position_ids=size + torch.arange(len(ids))[None],
+            attention_mask=torch.ones(1, size + len(ids), dtype=torch.int64),
+        ).logits[0]  # fmt: skip
+        out.append(logits[:-1])
+    return torch.cat(out)
+
+
+def ours(model: Any, prompt: Any, texts: list[list[int]]) -> Tensor:
+    found = label_hidden(model, prompt, pack_rows(texts, texts))
+    return vocabulary_logits(backbone_spec(model), found.hidden)
+
+
+def check(model_type: str) -> dict[str, Any]:
+    """One row of the table."""
+    try:
+        model = build(model_type)
+        texts = rows()
+        generator = torch.Generator().manual_seed(2)
+        width = model.get_input_embeddings().weight.shape[1]
+        embeds = (0.1 * torch.randn(VIRTUAL, width, generator=generator)).requires_grad_()
+        expected = stock_soft(model, embeds, texts)
+        if not expected.isfinite().all():
+            raise RuntimeError("the stock logits of random weights are not finite")
+    except Exception as error:
+        return {"status": "not built", "reason": brief(error), **_refusal_of_unbuilt(locals().get("model"))}
+    try:
+        ptengine.patch(model)
+    except UnsupportedModelError as error:
+        if not torch.equal(stock_soft(model, embeds, texts), expected):
+            return {"status": "failed", "reason": f"after the refusal the model computes other numbers: {error}"}
+        return {"status": "refused", "reason": str(error)}
+    ptengine.unpatch(model)
+    spec = backbone_spec(model)
+    if spec.kind != "causal":
+        return {
+            "status": "refused",
+            "reason": "its tokens see each other both ways, which no next token may be asked of",
+        }
+    result: dict[str, Any] = {"status": "pass", "generation": spec.no_generation or "yes"}
+    if spec.path == "in_row":
+        result |= {"status": "in-row", "reason": spec.why_in_row, "prefix": "refused"}
+
+    def through_ours(prompt: Any) -> Tensor:
+        with patched(model):
+            return ours(model, prompt, texts)
+
+    soft = VirtualTokens(embeds)
+    pair = (lambda: through_ours(soft), lambda: stock_soft(model, embeds, texts))
+    result["soft_logits"], result["soft_gradient"] = errors_of(pair, [embeds])
+    if spec.path == "in_row":
+        return judged(result)
+    keys, values = (
+        torch.randn(spec.num_layers, VIRTUAL, spec.num_kv_heads, dim, generator=generator).requires_grad_()
+        for dim in (spec.head_dim, spec.value_dim)
+    )
+    prefix = KeyValuePrefix(keys, values)
+    try:
+        stock_prefix(model, prefix, texts)
+    except Exception as error:
+        result["prefix"] = f"not compared: the stock model takes no such cache ({brief(error)})"
+    else:
+        pair = (lambda: through_ours(prefix), lambda: stock_prefix(model, prefix, texts))
+        result["prefix_logits"], result["prefix_gradient"] = errors_of(pair, [keys, values])
+    return judged(result)
+
+
+def _refusal_of_unbuilt(model: Any) -> dict[str, Any]:
+    """Where a model was built and its stock computation fails: patching must refuse it."""
+    if model is None:
+        return {}
+    try:
+        ptengine.patch(model)
+    except UnsupportedModelError as error:
+        return {"status": "refused", "reason": str(error)}
+    return {"status": "failed"}

@@ -1,0 +1,174 @@
+"""Reads a stock model's own head from hidden states that ptengine computed.
+
+The head is run by the model's own `forward`, whose call of the model without its head is answered with the hidden
+states at hand, so every head computes what its family wrote. Knows no prompts and no packing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from ptengine.errors import UnsupportedModelError
+
+__all__ = [
+    "NarrowedHead",
+    "PreparedForward",
+    "answering",
+    "head_output",
+    "is_answered",
+    "narrowed_to",
+    "pooled",
+    "pooling_of",
+]
+
+Pooling = Literal["module", "first_token"]
+
+# The module whose next calls, in this thread, are answered, and the answer.
+_answer: ContextVar[tuple[nn.Module, Any] | None] = ContextVar("ptengine_head_answer", default=None)
+
+
+class _Answer(BaseModelOutputWithPooling):
+    """Last hidden states and what is pooled of them; every other field a family has is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+
+class PreparedForward:
+    """Lets calls of `base` be answered; `remove` takes it out again."""
+
+    def __init__(self, base: nn.Module) -> None:
+        self.base = base
+        self.before = vars(base).get("forward")
+        if self.before is None:
+            base.forward = MethodType(_class_forward, base)  # bound, so that a deep copy binds its own
+        else:
+            base.forward = _instance_forward(base, self.before)
+
+    def remove(self) -> None:
+        vars(self.base).pop("forward", None)
+        if self.before is not None:
+            self.base.forward = self.before
+
+
+def _class_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    answer = _answer.get()
+    if answer is not None and answer[0] is self:
+        return answer[1]
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _instance_forward(base: nn.Module, before: Any) -> Any:
+    @functools.wraps(before)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        answer = _answer.get()
+        return answer[1] if answer is not None and answer[0] is base else before(*args, **kwargs)
+
+    return forward
+
+
+@contextmanager
+def answering(base: nn.Module, output: Any) -> Iterator[None]:
+    """Calls of `base` in this thread return `output` inside the block."""
+    token = _answer.set((base, output))
+    try:
+        yield
+    finally:
+        _answer.reset(token)
+
+
+def is_answered(base: nn.Module) -> bool:
+    """Whether a call of `base` in this thread is answered."""
+    answer = _answer.get()
+    return answer is not None and answer[0] is base
+
+
+class NarrowedHead:
+    """Lets an LM head run on the hidden states that are wanted alone; `remove` takes it out again."""
+
+    def __init__(self, head: nn.Module) -> None:
+        self.handle = head.register_forward_pre_hook(_narrow)
+
+    def remove(self) -> None:
+        self.handle.remove()
+
+
+# The positions among B * T that LM heads run on in this thread, int64 [n], and whether one did.
+_wanted: ContextVar[tuple[Tensor, list[bool]] | None] = ContextVar("ptengine_head_wanted", default=None)
+
+
+def _narrow(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    wanted = _wanted.get()
+    if wanted is None:
+        return None
+    wanted[1].append(True)
+    return (args[0].flatten(0, -2)[wanted[0]][None], *args[1:])  # [1, n, d]
+
+
+@contextmanager
+def narrowed_to(rows: Tensor) -> Iterator[list[bool]]:
+    """Inside the block LM heads with a `NarrowedHead` run on the positions `rows` int64 [n] of B * T alone."""
+    ran: list[bool] = []
+    token = _wanted.set((rows, ran))
+    try:
+        yield ran
+    finally:
+        _wanted.reset(token)
+
+
+def head_output(model: Any, base: nn.Module, pooling: Pooling | None, hidden: Tensor, mask: Tensor) -> Tensor:
+    """The logits that the head of `model` computes from last hidden states.
+
+    Args:
+        model: patched, with a head.
+        base: the model without its head.
+        pooling: how `base` pools.
+        hidden: [B, T, d], of the text alone.
+        mask: int64 [B, T], 1 where there is a token.
+
+    Returns:
+        [B, C] of heads that read a row, [B, T, C] of heads that read every token.
+
+    Raises:
+        UnsupportedModelError: the output has no logits.
+    """
+    pooler_output: Any = None if pooling is None else pooled(base, hidden, pooling)
+    output = _Answer(last_hidden_state=hidden, pooler_output=pooler_output)
+    with answering(base, output):
+        result = model(input_ids=torch.zeros_like(mask), attention_mask=mask)
+    logits = result.get("logits", result.get("prediction_logits"))
+    if not isinstance(logits, Tensor):
+        raise UnsupportedModelError(f"the output of {type(model).__name__} has no logits: {', '.join(result)}")
+    return logits
+
+
+def pooled(base: Any, hidden: Tensor, pooling: Pooling) -> Tensor:
+    """[B, d] from last hidden states [B, T, d]: by the pooler itself, or of the first token behind an activation."""
+    if pooling == "module":
+        result: Tensor = base.pooler(hidden)
+        return result
+    activation = getattr(base, "pooler_activation", None) or base.activation
+    activated: Tensor = activation(base.pooler(hidden[:, 0]))
+    return activated
+
+
+def pooling_of(base: Any, hidden: Tensor, expected: Tensor, bound: float) -> Pooling | None:
+    """How `base` made `expected` [B, d] of `hidden` [B, T, d], within a relative distance; None if in no known way."""
+    for way in ("module", "first_token"):
+        try:
+            got = pooled(base, hidden, way)  # type: ignore[arg-type]
+        except (AttributeError, TypeError, RuntimeError, IndexError):
+            continue
+        if got.shape == expected.shape and (got - expected).norm() <= bound * expected.norm():
+            return way  # type: ignore[return-value]
+    return None

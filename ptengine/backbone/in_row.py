@@ -1,0 +1,81 @@
+"""Runs rows with their virtual tokens in place through a stock model, with the attention it came with.
+
+For models whose attention ptengine cannot take over. Exact because nothing is shared: every row holds its own copy of
+the prompt, padded behind its last token, or not padded at all where the model's numbers do not bear it. Knows no
+prompts and no labels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ptengine.backbone.spec import BackboneSpec
+
+__all__ = ["dense_slots", "run_in_row", "stock_hidden"]
+
+
+def run_in_row(spec: BackboneSpec, embeds: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+    """Last hidden states [N, d] of packed rows, each run as a row of a stock batch.
+
+    Args:
+        spec: of the model.
+        embeds: [N, d], virtual tokens included.
+        cu_seqlens: int32 [rows + 1]; rows may be empty.
+        token_type_ids: int64 [N], or None for the model's default.
+    """
+    lengths = cu_seqlens.diff().long()  # [rows]
+    rows = lengths.nonzero()[:, 0]  # [B]
+    if spec.pads:
+        return _batch(spec, embeds, cu_seqlens, token_type_ids, rows)[1]
+    hidden, places = [], []
+    for length in lengths[rows].unique().tolist():
+        place, part = _batch(spec, embeds, cu_seqlens, token_type_ids, (lengths == length).nonzero()[:, 0])
+        places.append(place)
+        hidden.append(part)
+    return torch.cat(hidden)[torch.cat(places).argsort()]  # [N, d]
+
+
+def _batch(
+    spec: BackboneSpec, embeds: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None, rows: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Some of the rows as one batch: where their tokens stand, int64 [n] among the N, and hidden states [n, d]."""
+    lengths = cu_seqlens.diff().long()[rows]  # [B]
+    starts = cu_seqlens[:-1].long()[rows]  # [B]
+    slots, mask = dense_slots(lengths)
+    within = slots - torch.repeat_interleave(torch.arange(len(rows), device=slots.device), lengths) * mask.shape[1]
+    places = torch.repeat_interleave(starts, lengths) + within  # [n]
+    batch = embeds.new_zeros(mask.numel(), embeds.shape[1]).index_copy(0, slots, embeds[places])  # [B * T, d]
+    extra = {}
+    if token_type_ids is not None:
+        types = token_type_ids.new_zeros(mask.numel()).index_copy(0, slots, token_type_ids[places])  # [B * T]
+        extra["token_type_ids"] = types.view(mask.shape)
+    hidden = stock_hidden(spec.base_model, batch.unflatten(0, mask.shape), attention_mask=mask, **extra)  # [B, T, d]
+    return places, hidden.flatten(0, 1)[slots]
+
+
+def dense_slots(lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the tokens of rows of `lengths` int64 [B] stand in a batch padded behind them.
+
+    Returns:
+        slots int64 [sum of lengths] among B * T, and the batch's mask int64 [B, T].
+    """
+    longest = int(lengths.max())
+    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [B, T]
+    return mask.flatten().nonzero()[:, 0], mask.long()
+
+
+def stock_hidden(base: Any, embeds: Tensor | None = None, **call: Any) -> Tensor:
+    """Last hidden states [B, T, d] of a model without its head on input embeddings [B, T, d], without a cache."""
+    if embeds is not None:
+        call["inputs_embeds"] = embeds.clone()  # which some models scale in place
+    try:
+        out = base(use_cache=False, **call)
+    except TypeError as error:  # of models that never have one
+        if "use_cache" not in str(error):
+            raise
+        out = base(**call)
+    hidden: Tensor = out.last_hidden_state
+    return hidden

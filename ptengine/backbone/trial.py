@@ -1,0 +1,165 @@
+"""What the stock model makes of a few tokens behind a prompt: one side of the comparisons that serve a family.
+
+Also says what only running can tell: whether tokens see each other both ways, and where positions begin. Knows nothing
+of how ptengine runs the same rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ptengine.backbone.in_row import stock_hidden
+from ptengine.backbone.spec import BackboneSpec
+from ptengine.errors import UnsupportedModelError
+
+__all__ = [
+    "LENGTHS",
+    "VIRTUAL",
+    "StockRows",
+    "distance_of",
+    "first_line",
+    "random_ids",
+    "refuse",
+    "stock_rows",
+    "tolerance",
+]
+
+VIRTUAL, LENGTHS = 4, (6, 3)
+
+
+@dataclass(frozen=True)
+class StockRows:
+    """The texts, the prompt, and what the stock model makes of each row behind it.
+
+    Attributes:
+        ids: of the texts.
+        embeds: [P, d].
+        hidden: per row [P + T, d], last hidden states.
+        logits: per row [P + T, V] of a causal model with an LM head, else None.
+        kind: whether tokens see each other both ways.
+        first_position: the position id of a row's first token; None where the model is given none, or none in use.
+    """
+
+    ids: list[list[int]]
+    embeds: Tensor
+    hidden: list[Tensor]
+    logits: list[Tensor] | None
+    kind: Literal["causal", "encoder"]
+    first_position: int | None
+
+
+def random_ids(spec: BackboneSpec, generator: torch.Generator) -> list[list[int]]:
+    """Rows of tokens without padding, which some families count their positions by."""
+    padding = getattr(getattr(spec.base_model, "config", None), "pad_token_id", None)
+    paddings = (padding, spec.word_embeddings.padding_idx)
+    ids = [token for token in range(spec.vocab_size) if token not in paddings]
+    picks = [torch.randint(len(ids), (length,), generator=generator).tolist() for length in LENGTHS]
+    return [[ids[pick] for pick in row] for row in picks]
+
+
+def refuse(spec: BackboneSpec, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(f"model type {spec.model_type!r} is not supported: {reason}")
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def tolerance(spec: BackboneSpec, dtype: torch.dtype) -> float:
+    """Relative distance of two orders of the same sums.
+
+    Each layer rounds its results, which differ by a few ulps, and errors of layers add up like a random walk; the
+    constant is for single precision, where the sums inside products, not the results, have the larger error. Leaving
+    out a rule of attention costs 0.05 and more.
+    """
+    return math.sqrt(spec.num_layers) * (4 * torch.finfo(dtype).eps + 1e-4)
+
+
+def distance_of(got: Tensor, expected: Tensor) -> float:
+    """Of two tensors, relative to the second; infinite where they are not of one shape or not of numbers."""
+    if got.shape != expected.shape:
+        return math.inf
+    got, expected = got.double(), expected.double()
+    distance = ((got - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+    return math.inf if math.isnan(distance) else distance
+
+
+@torch.no_grad()
+def stock_rows(model: object, spec: BackboneSpec) -> StockRows:
+    """Run the stock model, in eval mode and with its windows narrowed, on each text behind the prompt.
+
+    Raises:
+        UnsupportedModelError: it fails on input embeddings, or its logits are not those of its LM head.
+    """
+    weight = spec.word_embeddings.weight
+    generator = torch.Generator().manual_seed(0)
+    ids = random_ids(spec, generator)
+    noise = torch.randn(VIRTUAL, spec.hidden_size, generator=generator).to(weight)  # [P, d]
+    try:
+        words = [spec.word_embeddings(torch.tensor(row, device=weight.device)) for row in ids]  # [T, d] each
+        embeds = noise * torch.cat(words).float().std().to(weight)
+        rows = [torch.cat([embeds, text])[None] for text in words]  # [1, P + T, d] each
+        hidden = [stock_hidden(spec.base_model, row)[0] for row in rows]
+        by_ids = stock_hidden(spec.base_model, input_ids=torch.tensor(ids[:1], device=weight.device))
+        by_embeds = stock_hidden(spec.base_model, words[0][None])
+        kind = _kind(spec, rows[0], hidden[0])
+        logits = None
+        if spec.lm_head is not None and kind == "causal":
+            logits = [model(inputs_embeds=row.clone(), use_cache=False).logits[0] for row in rows]  # type: ignore[operator]
+    except Exception as error:
+        raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
+    if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
+        raise refuse(spec, "it does not compute from word embeddings what it computes from their tokens")
+    if logits is not None:
+        _check_head(spec, hidden, logits)
+    return StockRows(ids, embeds, hidden, logits, kind, _first_position(spec, rows[0], hidden[0]))
+
+
+def _kind(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> Literal["causal", "encoder"]:
+    """Whether another last token leaves what stands before it as it was. Sums in another order move it by less."""
+    other = row.clone()
+    other[:, -1] = 20 * row[:, 0]
+    changed = stock_hidden(spec.base_model, other)[0]
+    eps = torch.finfo(hidden.dtype).eps
+    bound = eps if hidden.dtype in (torch.float16, torch.bfloat16) else 16 * eps
+    return "causal" if distance_of(changed[:-1], hidden[:-1]) <= bound else "encoder"
+
+
+def _first_position(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> int | None:
+    """RoBERTa and its like count from behind the padding token's id; relative positions begin anywhere."""
+    base = spec.base_model
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return None
+    padding = getattr(getattr(base, "config", None), "pad_token_id", None)
+    behind = [padding + 1] if isinstance(padding, int) and padding >= 0 else []
+    positions = torch.arange(row.shape[1], device=row.device)[None]  # [1, P + T]
+    for first in dict.fromkeys([0, *behind, 1, 2]):
+        try:
+            got = stock_hidden(base, row, position_ids=positions + first)[0]
+        except (IndexError, RuntimeError, TypeError, ValueError):
+            continue
+        if distance_of(got, hidden) <= tolerance(spec, hidden.dtype):
+            return first
+    return None
+
+
+def _check_head(spec: BackboneSpec, hidden: list[Tensor], logits: list[Tensor]) -> None:
+    from ptengine.backbone.step import vocabulary_logits
+
+    try:
+        distance = distance_of(torch.cat([vocabulary_logits(spec, one) for one in hidden]), torch.cat(logits))
+    except RuntimeError:
+        distance = math.inf
+    if not distance <= tolerance(spec, logits[0].dtype):
+        raise refuse(
+            spec,
+            "its logits are not those of its LM head's matrix over the last hidden states, which differ by "
+            f"{distance:.1e}: it has a head of several layers or a scale ptengine does not know",
+        )
