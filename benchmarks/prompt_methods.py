@@ -1,6 +1,6 @@
 """What every prompt method reaches with the same rows, steps and its own defaults: mean and 95 % interval over seeds.
 
-    python benchmarks/prompt_methods.py --json benchmarks/results/prompt_methods.json
+    python benchmarks/prompt_methods.py --steps 100 --json benchmarks/results/prompt_methods.json
 
 SMS Spam with the embedded backbone, `--train-rows` rows drawn by the seed, `--steps` steps of 8 rows, the learning rate
 that the method itself proposes; no rate, step count or option was searched, so this compares defaults, not methods at
