@@ -108,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument("--distill", type=number, metavar="W", help="keep the start's logits, with this weight")
     prompt.add_argument("--folds", type=whole(2), default=4, metavar="N", help="of the guard (default: 4)")
     prompt.add_argument(
-        "--scratch-rates", default="1,0.3", metavar="X,X",
-        help="learning rates of scratch, times the method's own; the best counts (default: 1,0.3)",
+        "--scratch-rates", default="3,1,0.3", metavar="X,X",
+        help="learning rates of scratch, times the method's own; the best counts (default: 3,1,0.3)",
     )  # fmt: skip
     prompt.add_argument("--no-control", action="store_true", help="leave out the control with shuffled source labels")
     add_model_arguments(parser, "the embedded one")

@@ -104,30 +104,29 @@ def pooled(parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None
 def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
     """What to keep of ``"transferred"``, ``"source"`` and the candidates whose names begin with ``"scratch"``.
 
-    The best scratch candidate stands for scratch. Another is accepted where it scores more than `min_gain` better, or,
-    with a gain of zero, as good at a lower loss; of those accepted the best score counts, then the lower loss, and at
-    last the transferred prompt.
+    Few shots measure accuracy coarsely, so it decides between two candidates only where they differ by more than one
+    standard error of the paired difference; otherwise the lower loss does. The best scratch candidate stands for
+    scratch; what is better than it, by more than `min_gain` where that is set, is accepted. The start untouched is kept
+    only where its accuracy beats that of the transferred prompt in this sense, which is trained again on all shots.
     """
-
-    def rank(name: str) -> tuple[float, float, bool]:
-        return candidates[name].score, -candidates[name].loss, name == TRANSFERRED
-
-    scratch = max((name for name in candidates if name.startswith(SCRATCH)), key=rank)
-    base = candidates[scratch]
+    scratch = max(
+        (name for name in candidates if name.startswith(SCRATCH)),
+        key=lambda name: (candidates[name].score, -candidates[name].loss),
+    )
+    base, moved = candidates[scratch], candidates[TRANSFERRED]
 
     def accepted(name: str) -> bool:
-        gain = candidates[name].score - base.score
-        as_good = settings.min_gain == 0 and gain == 0 and candidates[name].loss < base.loss
-        return gain > settings.min_gain or as_good
+        enough = settings.min_gain == 0 or candidates[name].score - base.score > settings.min_gain
+        return enough and _better(candidates[name], base)
 
-    others = [name for name in (TRANSFERRED, SOURCE) if accepted(name)]
-    chosen = max(others, key=rank) if others else scratch
-    moved = candidates[TRANSFERRED]
+    keeps_source = accepted(SOURCE) and (
+        not accepted(TRANSFERRED) or (_clear(candidates[SOURCE], moved) and _better(candidates[SOURCE], moved))
+    )
+    chosen = SOURCE if keeps_source else TRANSFERRED if accepted(TRANSFERRED) else scratch
     gain = None
     if moved.correct is not None and base.correct is not None:
         gain = paired_interval([moved.correct, base.correct], lambda a, b, axis=-1: (a - b).mean(axis))
     metric = "negative loss" if base.correct is None else "accuracy"
-    negative = rank(scratch)[:2] > rank(TRANSFERRED)[:2]
     return Decision(
         chosen=SCRATCH if chosen == scratch else chosen,
         scratch=scratch,
@@ -136,8 +135,21 @@ def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
         scores={name: held.score for name, held in candidates.items()},
         losses={name: held.loss for name, held in candidates.items()},
         gain=gain,
-        negative_transfer=negative,
+        negative_transfer=_better(base, moved),
     )
+
+
+def _clear(one: HeldOut, other: HeldOut) -> bool:
+    """Whether the accuracies differ by more than one standard error of the paired difference."""
+    if one.correct is None or other.correct is None or len(one.correct) < 2:
+        return False
+    differences = np.subtract(one.correct, other.correct)
+    error = differences.std(ddof=1) / np.sqrt(len(differences))
+    return bool(abs(differences.mean()) > error * (1 + 1e-9))  # a single shot is exactly one error: not clear
+
+
+def _better(one: HeldOut, other: HeldOut) -> bool:
+    return one.score > other.score if _clear(one, other) else one.loss < other.loss
 
 
 def _reason(chosen: str, scratch: str, candidates: Mapping[str, HeldOut], metric: str, settings: Guard) -> str:
@@ -146,8 +158,12 @@ def _reason(chosen: str, scratch: str, candidates: Mapping[str, HeldOut], metric
         f"{words} {candidates[name].score:.3f} (loss {candidates[name].loss:.3f})" for name, words in named.items()
     )
     kept = f"{named[chosen]} is kept: {metric} on {settings.folds} held-back parts of the shots: {said}"
+    if metric == "accuracy" and not _clear(candidates[TRANSFERRED], candidates[scratch]):
+        kept += (
+            "; accuracies of transferred and scratch are within one standard error, so the loss decides between them"
+        )
     if chosen == TRANSFERRED:
         return kept
     if chosen == SOURCE:
-        return f"{kept}; tuning on the shots made the source prompt worse or not better"
+        return f"{kept}; tuning it on the shots made it worse"
     return f"{kept}; no transfer was better than training from scratch"

@@ -124,12 +124,12 @@ class Guard:
     """Detect negative transfer by cross-validation on the target shots, and choose what to keep.
 
     Every fold trains the transferred prompt and the scratch prompt on the other folds and scores both, and the start
-    untouched, on the rows held back. Scratch is kept unless another scores better than it by more than `min_gain` (or,
-    with a gain of zero, as good with a lower loss).
+    untouched, on the rows held back. Scratch is kept unless another is better: in accuracy where that differs by more
+    than one standard error, else in loss (`ptengine.transfer.guard.decide`).
 
     Attributes:
         folds: parts the shots are cut into, at least 2; every class needs as many rows.
-        min_gain: in the units of the task's metric, a fraction for accuracy.
+        min_gain: by how much the score must be better besides, a fraction for accuracy; 0 asks for no more.
         scratch_rates: learning rates of scratch, as multiples of the method's own; the best counts.
         scratch_init: how scratch starts, an init of the prompt's method that needs no further arguments.
     """

@@ -49,14 +49,21 @@ def held(right: int, loss: float) -> HeldOut:
 @pytest.mark.parametrize(
     ("transferred", "source", "scratch", "gain", "chosen", "negative"),
     [
-        (held(8, 0.5), held(6, 0.7), held(7, 0.6), 0.0, "transferred", False),
-        (held(6, 0.5), held(6, 0.7), held(7, 0.6), 0.0, "scratch", True),
-        (held(6, 0.5), held(8, 0.7), held(7, 0.6), 0.0, "source", True),
+        # Clear differences in accuracy decide, whatever the losses say.
+        (held(9, 0.9), held(6, 0.7), held(6, 0.6), 0.0, "transferred", False),
+        (held(4, 0.5), held(4, 0.5), held(7, 0.6), 0.0, "scratch", True),
+        (held(6, 0.5), held(9, 0.7), held(7, 0.6), 0.0, "source", False),
+        (held(4, 0.5), held(9, 0.7), held(7, 0.6), 0.0, "source", True),
+        # One shot of ten is one standard error: the loss decides.
+        (held(6, 0.5), held(6, 0.7), held(7, 0.6), 0.0, "transferred", False),
+        (held(8, 0.7), held(6, 0.7), held(7, 0.6), 0.0, "scratch", True),
         (held(7, 0.5), held(6, 0.5), held(7, 0.6), 0.0, "transferred", False),
         (held(7, 0.7), held(7, 0.8), held(7, 0.6), 0.0, "scratch", True),
-        (held(8, 0.5), held(8, 0.5), held(7, 0.6), 0.0, "transferred", False),
-        (held(8, 0.5), held(8, 0.4), held(7, 0.6), 0.0, "source", False),
-        (held(8, 0.5), held(6, 0.4), held(7, 0.6), 0.15, "scratch", False),
+        # A lower loss alone does not put the untouched start before the transferred prompt.
+        (held(8, 0.5), held(8, 0.4), held(7, 0.6), 0.0, "transferred", False),
+        (held(8, 0.5), held(9, 0.3), held(7, 0.6), 0.0, "transferred", False),
+        (held(7, 0.7), held(7, 0.5), held(7, 0.6), 0.0, "source", True),
+        (held(9, 0.5), held(6, 0.4), held(7, 0.6), 0.25, "scratch", False),
         (HeldOut(0.5, None), HeldOut(0.8, None), HeldOut(0.6, None), 0.0, "transferred", False),
         (HeldOut(0.7, None), HeldOut(0.8, None), HeldOut(0.6, None), 0.0, "scratch", True),
     ],
@@ -73,12 +80,12 @@ def test_the_rule(
 
 def test_the_best_scratch_counts() -> None:
     candidates = {
-        "scratch-1": held(5, 0.6), "scratch-0.3": held(7, 0.6), "source": held(5, 0.6), "transferred": held(6, 0.6),
+        "scratch-1": held(5, 0.6), "scratch-0.3": held(7, 0.6), "source": held(5, 0.6), "transferred": held(5, 0.6),
     }  # fmt: skip
     found = decide(Guard(scratch_rates=(1.0, 0.3)), candidates)
     assert (found.chosen, found.scratch, found.negative_transfer) == ("scratch", "scratch-0.3", True)
     assert found.gain is not None
-    assert found.gain.value == pytest.approx(-0.1)
+    assert found.gain.value == pytest.approx(-0.2)
 
 
 @pytest.mark.parametrize("bad", [{"folds": 1}, {"min_gain": -1}, {"scratch_rates": ()}, {"scratch_rates": (1.0, 1.0)}])
