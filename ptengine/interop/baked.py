@@ -26,6 +26,7 @@ from ptengine.backbone.step import vocabulary_logits
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.files import staged_directory, write_json_atomic
 from ptengine.interop.baked_tokenizer import BakedTokenizer, bake_tokenizer
+from ptengine.interop.plain import plain
 from ptengine.interop.prompt_embeds import fingerprint, require_deployable
 from ptengine.prompts import SoftPrompt
 from ptengine.prompts.facts import embedding_scale
@@ -69,7 +70,7 @@ def save_baked_checkpoint(model: Any, prompt: Any, tokenizer: Any, directory: st
 
     Args:
         model: the prompt's backbone, a causal transformers model; not changed.
-        prompt: a `SoftPrompt`.
+        prompt: a `SoftPrompt`, or one that folds to it.
         tokenizer: the model's tokenizer; not changed.
         directory: new or empty; made in one step when everything is written.
 
@@ -85,6 +86,7 @@ def save_baked_checkpoint(model: Any, prompt: Any, tokenizer: Any, directory: st
         UnsupportedModelError: the model is of no supported type, is quantised or carries weights of another library,
             or the same embeddings given as token ids do not give the same logits.
     """
+    prompt = plain(prompt)
     spec = require_deployable(model, prompt)
     _require_plain(model)
     baked = bake_tokenizer(tokenizer, prompt.num_virtual_tokens, spec.vocab_size)

@@ -16,6 +16,7 @@ import torch
 
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_atomic
+from ptengine.interop.plain import method_of, plain
 from ptengine.prompts import SoftPrompt
 
 __all__ = ["load_npy", "save_npy"]
@@ -50,7 +51,7 @@ def save_npy(prompt: Any, path: str | os.PathLike[str]) -> Path:
     """Write a soft prompt as google-research/prompt-tuning reads it: fp32 [P, d], rows one after another.
 
     Args:
-        prompt: a `SoftPrompt`.
+        prompt: a `SoftPrompt`, or one that folds to it.
         path: the file, whose name ends in .npy; it is replaced in one step, and its folder is made if need be.
 
     Returns:
@@ -60,9 +61,9 @@ def save_npy(prompt: Any, path: str | os.PathLike[str]) -> Path:
         InputError: a prompt of another method, which that library has no form for; another file name; a folder that
             cannot be written.
     """
+    prompt = plain(prompt)
     if not isinstance(prompt, SoftPrompt):
-        method = getattr(prompt, "method", type(prompt).__name__)
-        raise InputError(f"expected a SoftPrompt, whose embeddings are what the file holds, got {method!r}")
+        raise InputError(f"expected a SoftPrompt, whose embeddings are what the file holds, got {method_of(prompt)!r}")
     path = Path(path)
     if path.suffix != ".npy":
         raise InputError(f"expected a file name that ends in .npy, got {str(path)!r}")

@@ -29,6 +29,7 @@ from ptengine.interop.peft_types import (
     rows_of,
     training_fields,
 )
+from ptengine.interop.plain import method_of, plain
 from ptengine.prompts import BackboneFacts, Prefix, Prompt, SoftPrompt, backbone_facts
 from ptengine.prompts.initialization import check_count
 from ptengine.prompts.io import read_safetensors
@@ -64,8 +65,9 @@ def save_peft(
     Both files are written under temporary names first and then renamed, the configuration last.
 
     Args:
-        prompt: a `SoftPrompt` or a `Prefix`; a reparametrisation is folded, as PEFT does. For MULTITASK_PROMPT_TUNING a
-            list of soft prompts of the same length on the same backbone, too: task i is the i-th.
+        prompt: a `SoftPrompt` or a `Prefix`, or one that folds to them, as PEFT folds its own. For
+            MULTITASK_PROMPT_TUNING a list of soft prompts of the same length on the same backbone, too: task i is the
+            i-th.
         directory: made if need be; its other files are not touched.
         model: the prompt's backbone. Every task but CAUSAL_LM needs it: its head (`classifier` or `score`, `qa_outputs`
             for QUESTION_ANS) is written along, and PEFT loads no checkpoint of such a task without one.
@@ -86,7 +88,8 @@ def save_peft(
             without a model or with one that has no such head; a model that is not the prompt's backbone; several
             prompts for another type, or ones that differ in length or backbone; or a directory that cannot be written.
     """
-    prompts: list[Any] = [prompt] if isinstance(prompt, Prompt) or not isinstance(prompt, Sequence) else list(prompt)
+    given = [prompt] if isinstance(prompt, Prompt) or not isinstance(prompt, Sequence) else list(prompt)
+    prompts: list[Any] = [plain(one) for one in given]
     peft_type = _checked_type(prompts, peft_type)
     facts = prompts[0].facts
     kind = kind_of(facts.model_type)
@@ -218,8 +221,8 @@ def _checked_type(prompts: Sequence[Any], peft_type: str | None) -> str:
     """The PEFT method that `prompts` are written as."""
     for prompt in prompts or [None]:
         if not isinstance(prompt, SoftPrompt | Prefix):
-            method = getattr(prompt, "method", type(prompt).__name__)
-            raise InputError(f"expected a SoftPrompt or a Prefix, the prompts PEFT has a form for, got {method!r}")
+            name = method_of(prompt)
+            raise InputError(f"expected a SoftPrompt or a Prefix, the prompts PEFT has a form for, got {name!r}")
     is_soft = isinstance(prompts[0], SoftPrompt)
     allowed = ("PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING") if is_soft else PREFIX_TYPES
     if peft_type is None:

@@ -15,6 +15,7 @@ import torch
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError
 from ptengine.files import json_bytes, make_directory, safetensors_bytes, write_together
+from ptengine.interop.plain import method_of, plain
 from ptengine.prompts import SoftPrompt
 
 __all__ = ["EMBEDS_JSON", "EMBEDS_NAME", "fingerprint", "require_deployable", "save_prompt_embeds"]
@@ -37,7 +38,7 @@ def save_prompt_embeds(model: Any, prompt: Any, directory: str | os.PathLike[str
 
     Args:
         model: the prompt's backbone, a causal model.
-        prompt: a `SoftPrompt`.
+        prompt: a `SoftPrompt`, or one that folds to it.
         directory: made if need be; its other files are not touched.
 
     Returns:
@@ -50,6 +51,7 @@ def save_prompt_embeds(model: Any, prompt: Any, directory: str | os.PathLike[str
             written.
         UnsupportedModelError: the model is of no supported type.
     """
+    prompt = plain(prompt)
     spec = require_deployable(model, prompt)
     rows = prompt.embeds.detach().to(spec.word_embeddings.weight.dtype)  # [P, d]
     description = {
@@ -76,10 +78,9 @@ def require_deployable(model: Any, prompt: Any) -> BackboneSpec:
         UnsupportedModelError: the model is of no supported type.
     """
     if not isinstance(prompt, SoftPrompt):
-        method = getattr(prompt, "method", type(prompt).__name__)
         raise InputError(
-            f"expected a SoftPrompt, got {method!r}: only virtual tokens are input embeddings; keys and values of "
-            "layers are none, and PEFT's format (save_peft) holds those"
+            f"expected a SoftPrompt, got {method_of(prompt)!r}: only virtual tokens are input embeddings; keys and "
+            "values of layers are none, and PEFT's format (save_peft) holds those"
         )
     spec = backbone_spec(model)
     if spec.kind != "causal" or spec.lm_head is None:

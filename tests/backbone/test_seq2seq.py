@@ -188,7 +188,7 @@ def test_prompts_of_the_package() -> None:
         for prompt in (ptengine.SoftPrompt(model, 3), ptengine.Prefix(model, 3)):
             seq2seq_loss(model, prompt.lower(), *batch).loss.backward()
             assert all(parameter.grad.norm() > 0 for parameter in prompt.parameters())
-    with pytest.raises(InputError, match="init='text' needs a causal model"):
+    with pytest.raises(InputError, match="keys and values need a causal model"):
         ptengine.Prefix(model, 3, init="text", init_text="a", tokenizer=lambda *_, **__: {"input_ids": [1]})
 
 

@@ -198,5 +198,12 @@ def test_families_that_crash(name: str, kind: type[Any]) -> None:
         return
     assert relative(logits, bare) > 1e-3
     if kind is SoftPrompt:
+        cut = None
+        if logits.dim() == 2:  # a head that reads the first token reads the text's, not a virtual one
+            cut = model.base_model.register_forward_hook(
+                lambda module, args, out: type(out)(last_hidden_state=out.last_hidden_state[:, 6:])
+            )
         exact = in_row(model, prompt, row, **given).logits
-        assert relative(logits[0], exact[0, -len(logits[0]) :]) < 1e-4
+        if cut is not None:
+            cut.remove()
+        assert relative(logits[0], exact[0] if logits.dim() == 2 else exact[0, -len(logits[0]) :]) < 1e-4
