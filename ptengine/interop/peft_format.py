@@ -59,14 +59,19 @@ def save_peft(
 
     Raises:
         InputError: a prompt of another method (PEFT has no form for it), another task type, CAUSAL_LM for an encoder,
-            SEQ_CLS without a model or with one that has no such head, a model that is not the prompt's backbone, or a
-            directory that cannot be written.
+            a prompt of an encoder-decoder, SEQ_CLS without a model or with one that has no such head, a model that is
+            not the prompt's backbone, or a directory that cannot be written.
     """
     if not isinstance(prompt, SoftPrompt | Prefix):
         method = getattr(prompt, "method", type(prompt).__name__)
         raise InputError(f"expected a SoftPrompt or a Prefix, the prompts PEFT has a form for, got {method!r}")
     facts = prompt.facts
     kind = kind_of(facts.model_type)
+    if kind == "seq2seq":
+        raise InputError(
+            f"expected a prompt of a causal model or an encoder, got one of the encoder-decoder {facts.model_type!r}, "
+            "whose PEFT formats are not written"
+        )
     if task_type is None:
         task_type = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
     if task_type not in TASK_TYPES:
