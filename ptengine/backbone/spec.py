@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from ptengine.backbone import families
 from ptengine.errors import UnsupportedModelError
@@ -93,9 +97,11 @@ class BackboneSpec:
             object.__setattr__(self, "value_dim", self.head_dim)
 
 
-def kind_of(model_type: str) -> Literal["causal", "encoder"]:
-    """What a model type is as far as its name tells: others than those proven by tests are measured, see `proof`."""
-    return SUPPORTED_MODEL_TYPES.get(model_type, "causal")
+def kind_of(model_type: str) -> Literal["causal", "encoder", "seq2seq"]:
+    """What a model type is for by transformers' own tables; what a model at hand is, `backbone_spec` measures."""
+    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
+        return "seq2seq"
+    return "encoder" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
 def is_proven(config: Any) -> bool:
@@ -167,7 +173,7 @@ def config_spec(model: Any) -> BackboneSpec:
     num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,
-        kind="seq2seq" if seq2seq else kind_of(model_type),
+        kind="seq2seq" if seq2seq else SUPPORTED_MODEL_TYPES.get(model_type, "causal"),
         hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
         num_layers=num_layers,
         num_heads=num_heads,

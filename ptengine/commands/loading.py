@@ -94,7 +94,8 @@ def load_model(path: str | None, device: torch.device, dtype: str, labels: int |
         )
     if kind == "causal" and labels is not None:
         raise InputError(
-            f"expected --template with the causal model {model_type!r} in {str(folder)!r}; --text-column is for BERT"
+            f"expected --template with the causal model {model_type!r} in {str(folder)!r}: --text-column is for "
+            "encoders"
         )
     torch.manual_seed(seed)
     if labels is None:
@@ -107,7 +108,7 @@ def load_for_report(path: str, device: torch.device, dtype: str) -> Any:
     from transformers import AutoModel, AutoModelForCausalLM
 
     folder, model_type = _read_config(path)
-    auto = AutoModelForCausalLM if kind_of(model_type) == "causal" else AutoModel
+    auto = AutoModel if kind_of(model_type) == "encoder" else AutoModelForCausalLM
     return _load(auto, folder, device, dtype)
 
 
@@ -122,8 +123,8 @@ def _read_config(path: str | None) -> tuple[Path, str]:
     except Exception as error:  # as for tokenizers
         raise InputError(f"expected a transformers checkpoint in {str(folder)!r}, got: {_first_line(error)}") from error
     reason = families.refusal(config)
-    if kind_of(config.model_type) == "causal" and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        reason = "it is no causal language model, nor BERT"
+    if kind_of(config.model_type) != "encoder" and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        reason = "it is no causal language model, nor an encoder"
     if reason is not None:
         raise UnsupportedModelError(f"model type {config.model_type!r} in {str(folder)!r} is not supported: {reason}")
     return folder, config.model_type

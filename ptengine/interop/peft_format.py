@@ -83,16 +83,22 @@ def save_peft(
         The directory.
 
     Raises:
-        InputError: a prompt of another method (PEFT has no form for it); a peft_type that is not for this kind of
-            prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an encoder; a task with a head
-            without a model or with one that has no such head; a model that is not the prompt's backbone; several
-            prompts for another type, or ones that differ in length or backbone; or a directory that cannot be written.
+        InputError: a prompt of another method (PEFT has no form for it) or of an encoder-decoder; a peft_type that is
+            not for this kind of prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an encoder;
+            a task with a head without a model or with one that has no such head; a model that is not the prompt's
+            backbone; several prompts for another type, or ones that differ in length or backbone; or a directory that
+            cannot be written.
     """
     given = [prompt] if isinstance(prompt, Prompt) or not isinstance(prompt, Sequence) else list(prompt)
     prompts: list[Any] = [plain(one) for one in given]
     peft_type = _checked_type(prompts, peft_type)
     facts = prompts[0].facts
     kind = kind_of(facts.model_type)
+    if kind == "seq2seq":
+        raise InputError(
+            f"expected a prompt of a causal model or an encoder, got one of the encoder-decoder {facts.model_type!r}, "
+            "whose PEFT formats are not written"
+        )
     if task_type is None:
         task_type = "CAUSAL_LM" if kind == "causal" else "SEQ_CLS"
     if task_type not in TASK_TYPES:

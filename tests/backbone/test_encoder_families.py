@@ -33,6 +33,7 @@ from ptengine.backbone import (
     supports,
     token_logits,
 )
+from ptengine.backbone.spec import kind_of
 from ptengine.errors import InputError, UnsupportedModelError
 
 from .stock import pad, parameters, random_rows, relative, virtual
@@ -271,3 +272,12 @@ def test_patch_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     ptengine.unpatch(model)
     monkeypatch.setattr("ptengine.backbone.patching.stock_rows", lambda *_: pytest.fail("compared again"))
     assert backbone_spec(model).path == "in_row"
+
+
+def test_kinds_by_name() -> None:
+    """Before there is a model: what a checkpoint is loaded as, and what an exported prompt says it is for."""
+    kinds = {name: kind_of(name) for name in ("roberta", "modernbert", "llama", "gpt2", "bert", "t5", "bart")}
+    assert kinds == {
+        "roberta": "encoder", "modernbert": "encoder", "llama": "causal", "gpt2": "causal", "bert": "encoder",
+        "t5": "seq2seq", "bart": "seq2seq",
+    }  # fmt: skip

@@ -42,3 +42,17 @@ def test_family(kind: str, family: str, expected: str) -> None:
 
 def test_the_sample_is_of_25_families() -> None:
     assert sum(map(len, SAMPLE.values())) == 25
+
+
+def test_soft_prompts_are_held_to_stock_behind_routed_attention() -> None:
+    """Regression: a decoder that leaves causality to its mask saw ahead once its attention was routed for prefixes."""
+    row = CHECKS["seq2seq"]("pegasus_x")
+    assert row["status"] == "in-row", row.get("reason")
+
+
+@pytest.mark.parametrize(("kind", "family"), [("seq2seq", "fsmt"), ("encoder", "esm")])
+def test_a_text_that_is_not_its_word_embeddings_is_refused(kind: str, family: str) -> None:
+    """Tokens are scaled on their way in, embeddings are not: stock numbers on embeddings are not those of the text."""
+    row = CHECKS[kind](family)
+    assert row["status"] == "refused"
+    assert "does not compute from word embeddings what it computes from their tokens" in row["reason"]
