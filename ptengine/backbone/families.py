@@ -103,6 +103,7 @@ def logit_scale(config: Any) -> float:
 
 
 def logit_softcap(config: Any) -> float | None:
-    """c in ``c * tanh(logits / c)``, as in Gemma 2."""
-    cap = getattr(config, "final_logit_softcapping", None)
+    """c in ``c * tanh(logits / c)``, as in Gemma 2, RecurrentGemma and xLSTM."""
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    cap = next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
     return None if cap is None else float(cap)

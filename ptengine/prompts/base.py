@@ -105,7 +105,9 @@ class Prompt(nn.Module):
         - **Modes.** Calls of the yielded module run the backbone in eval mode, without dropout. Calls of the model
           itself leave its mode alone; attention dropout is refused. Gradient checkpointing must be non-reentrant.
         - **Encoders.** Virtual tokens stand in every row and are taken out of the output; the pooler reads the text's
-          first token.
+          first token. A head that reads the first slot of a row itself (RoBERTa's) wants padding on the right, as
+          without a prompt. Encoders whose attention is their own (`ptengine.supports`: in the row) take padding on the
+          right alone, and no `position_ids`.
         - **Threads.** An attachment belongs to the thread that made it, and each thread may attach a prompt of its own
           to the same model. A thread without one is refused while others have theirs, but for calls through the
           yielded module, which see its prompt in any thread (`Thread(target=attached.generate, ...)`), and for

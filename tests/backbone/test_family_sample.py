@@ -50,6 +50,11 @@ def test_soft_prompts_are_held_to_stock_behind_routed_attention() -> None:
     assert row["status"] == "in-row", row.get("reason")
 
 
+def test_capped_logits_of_another_name() -> None:
+    row = CHECKS["causal"]("recurrent_gemma")
+    assert row["status"] == "in-row", row.get("reason")
+
+
 @pytest.mark.parametrize(("kind", "family"), [("seq2seq", "fsmt"), ("encoder", "esm")])
 def test_a_text_that_is_not_its_word_embeddings_is_refused(kind: str, family: str) -> None:
     """Tokens are scaled on their way in, embeddings are not: stock numbers on embeddings are not those of the text."""
