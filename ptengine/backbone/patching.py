@@ -8,6 +8,7 @@ encoders under a head and of modules that have faster equals. No class is touche
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -63,7 +64,7 @@ def patch(model: Any) -> Any:
     family that no test of ours covers is compared with its stock computation on a few tokens, once per model. Where
     the shared path does not serve (the configuration declares it, a layer's attention does not go through
     transformers' attention interface, or the numbers differ), virtual tokens run in every row of stock batches, if
-    that is exact: `ptengine.supports` says which path and why.
+    that is exact: a warning says so for a causal model, and `ptengine.supports` says which path and why.
 
     Raises:
         UnsupportedModelError: neither path gives the numbers of the stock computation. The model is then as it was.
@@ -140,6 +141,12 @@ def _install_in_row(model: Any, spec: BackboneSpec, facts: proof.Facts, stock: S
     except BaseException:
         unpatch(model)
         raise
+    if stock is not None and spec.kind == "causal":
+        warnings.warn(
+            f"model type {spec.model_type!r}: soft prompts run in every row with the model's own attention, slower than "
+            f"as one row of the batch: {facts.why_in_row}",
+            stacklevel=3,
+        )
     return model
 
 
