@@ -143,8 +143,8 @@ def _install_in_row(model: Any, spec: BackboneSpec, facts: proof.Facts, stock: S
         raise
     if stock is not None and spec.kind == "causal":
         warnings.warn(
-            f"model type {spec.model_type!r}: soft prompts run in every row with the model's own attention, slower than "
-            f"as one row of the batch: {facts.why_in_row}",
+            f"model type {spec.model_type!r}: soft prompts run in every row with the model's own attention, more "
+            f"slowly than as one row of the batch: {facts.why_in_row}",
             stacklevel=3,
         )
     return model
