@@ -155,8 +155,8 @@ def _searched(
 ) -> Tensor:
     """Rows fp64 [P, d_t] whose cosines to `target` are those of `prompt` to `source`.
 
-    With unit anchors A, c = A v and the wanted cosines r, cos(c, r) = v.(A^T r) / (||r|| sqrt(v.(A^T A) v)): the anchors
-    are summed up once, and a step costs nothing per anchor.
+    With unit anchors A, c = A v and the wanted cosines r, cos(c, r) = v.(A^T r) / (||r|| sqrt(v.(A^T A) v)): the sums
+    over anchors are taken once, and a step costs nothing per anchor.
     """
     if not bool(prompt.norm(dim=1).gt(0).all()):
         raise InputError("expected a prompt without rows of zeros, which have no direction to search for")

@@ -87,10 +87,12 @@ def test_to_the_same_model_it_is_the_identity() -> None:
     assert carried.embeds.data_ptr() != prompt.embeds.data_ptr()
 
 
-@pytest.mark.parametrize("width", [8, 40])
-def test_least_squares_as_numpy_has_it(width: int) -> None:
-    """Also where 20 tokens leave the map of a width of 40 open: then the one of least norm."""
+@pytest.mark.parametrize(("width", "copied"), [(8, False), (40, False), (8, True)])
+def test_least_squares_as_numpy_has_it(width: int, copied: bool) -> None:
+    """Also where 20 tokens, or a coordinate that copies another, leave the map open: then the one of least norm."""
     source, target = gpt2(width, 1), gpt2(12, 2)
+    if copied:
+        set_table(source, table(source)[:, [0, 0, *range(2, width)]])
     prompt = SoftPrompt(source, 5, seed=4)
     options = {"num_tokens": 20, "skip_frequent": 10, "min_shared_tokens": 20}
     carried = carry_prompt(prompt, source, TOKENS, target, TOKENS, **options)  # type: ignore[arg-type]
@@ -242,8 +244,9 @@ def test_prompts_that_no_vocabulary_carries_are_refused(tiny: ModuleType) -> Non
     with pytest.raises(InputError, match="finite numbers to carry"):
         carry(broken)
     short = GPT2LMHeadModel(GPT2Config(vocab_size=62, n_positions=4, n_embd=8, n_layer=1, n_head=2))
+    none_shared = tokens([f"x{i}" for i in range(60)])  # refused later
     with pytest.raises(InputError, match="below the 4 positions"):
-        carry_prompt(SoftPrompt(source, 4), source, TOKENS, short, TOKENS)
+        carry_prompt(SoftPrompt(source, 4), source, TOKENS, short, none_shared)
 
 
 def test_the_bank_names_the_bridge_where_there_is_one(tiny: ModuleType, tmp_path: Any) -> None:
