@@ -4,9 +4,11 @@
 2. `transfer` starts a target's prompt from them, trains it by a `Strategy`, and by a `Guard` keeps it only where
    held-out shots say that it helped.
 3. `domain_terms` and `attention_words` find a domain's words; `with_words` and `words_prompt` make prompts of them.
-4. `transfer_measures` says how much a transfer was worth, with paired intervals.
+4. `carry_prompt` carries a soft prompt to another backbone that shares tokens with its own.
+5. `transfer_measures` says how much a transfer was worth, with paired intervals.
 """
 
+from ptengine.transfer.across_models import carry_prompt, shared_tokens
 from ptengine.transfer.bank import BankEntry, Match, PromptBank, Search
 from ptengine.transfer.cards import DataFacts, PromptCard
 from ptengine.transfer.guard import Decision
@@ -36,10 +38,12 @@ __all__ = [
     "Strategy",
     "TransferResult",
     "attention_words",
+    "carry_prompt",
     "domain_terms",
     "identify",
     "mean_token_cosine",
     "paired_interval",
+    "shared_tokens",
     "steps_to_reach",
     "task_vector_cosine",
     "token_cosine",

@@ -60,7 +60,8 @@ class BankEntry:
         """The prompt, on the model's device.
 
         Raises:
-            InputError: it was made for another backbone or tokenizer, with what differs; or its files are damaged.
+            InputError: it was made for another backbone or tokenizer, with what differs and, for a soft prompt of
+                another backbone, the bridge that can carry it (`carry_prompt`); or its files are damaged.
         """
         self._require(identify(model, tokenizer))
         return load_prompt(self.path, model)
@@ -78,7 +79,7 @@ class BankEntry:
         return prompt, None if self.card.initial_sha256 is None else read_prompt(self.path / INITIAL_NAME)
 
     def _require(self, present: BackboneIdentity) -> None:
-        reason = self.card.backbone.difference(present)
+        reason = self.card.refusal(present)
         if reason is not None:
             raise InputError(f"expected a prompt of this model in bank entry {self.name!r}, but {reason}")
 
@@ -259,7 +260,7 @@ class PromptBank:
         present = identify(model, tokenizer)
         matches, refused = [], {}
         for entry in entries:
-            reason = entry.card.backbone.difference(present)
+            reason = entry.card.refusal(present)
             if reason is not None:
                 refused[entry.name] = reason
                 continue

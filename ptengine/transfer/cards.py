@@ -25,6 +25,8 @@ __all__ = ["CARD_VERSION", "DataFacts", "PromptCard", "data_facts"]
 
 CARD_VERSION = 1
 
+_CARRIED = ("soft_prompt",)  # methods of folded prompts that `across_models` carries
+
 
 @dataclass(frozen=True)
 class DataFacts:
@@ -81,6 +83,13 @@ class PromptCard:
     initial_sha256: str | None = None
     derived_from: tuple[str, ...] = field(default=())
     note: str = ""
+
+    def refusal(self, present: BackboneIdentity) -> str | None:
+        """Why this is no prompt of `present`, in words, and the bridge that may carry it there; None where it is."""
+        reason = self.backbone.difference(present)
+        if reason is None or self.method not in _CARRIED or not self.backbone.is_other_model(present):
+            return reason
+        return f"{reason}; ptengine.transfer.carry_prompt can carry it there from the model it was made for"
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -17,6 +17,8 @@ from ptengine.training.identity import fingerprint_model
 
 __all__ = ["BackboneIdentity", "identify", "tokenizer_sha256"]
 
+_SHAPE = ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+
 
 @dataclass(frozen=True)
 class BackboneIdentity:
@@ -34,8 +36,7 @@ class BackboneIdentity:
 
     def difference(self, other: BackboneIdentity) -> str | None:
         """Why a prompt of this backbone is not one of `other`, in words; None where it is."""
-        compared = ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
-        for name in compared:
+        for name in _SHAPE:
             mine, its = getattr(self.facts, name), getattr(other.facts, name)
             if mine != its:
                 return f"it was made for a backbone with {name} {mine!r}, this one has {its!r}"
@@ -46,6 +47,12 @@ class BackboneIdentity:
         if self.tokenizer != other.tokenizer:
             return "it was made for the same backbone behind another tokenizer"
         return None
+
+    def is_other_model(self, other: BackboneIdentity) -> bool:
+        """Whether `other` is another model, rather than the same in another dtype or behind another tokenizer."""
+        if any(getattr(self.facts, name) != getattr(other.facts, name) for name in _SHAPE):
+            return True
+        return self.dtype == other.dtype and self.fingerprint != other.fingerprint
 
 
 def identify(model: Any, tokenizer: Any) -> BackboneIdentity:

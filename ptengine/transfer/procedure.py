@@ -82,7 +82,7 @@ class Procedure:
         """The bank's entries of this backbone, all of one method and length, so that scratch can be like them."""
         present = identify(self.model, self.tokenizer)
         entries = [entry for entry in self.bank.list() if entry.name not in self.exclude]
-        reasons = {entry.name: entry.card.backbone.difference(present) for entry in entries}
+        reasons = {entry.name: entry.card.refusal(present) for entry in entries}
         good = [entry for entry in entries if reasons[entry.name] is None]
         if not good:
             raise InputError(
