@@ -87,8 +87,8 @@ GOOD, BAD = {"text": "it was fine", "label": "good"}, {"text": "it was poor", "l
 # Name of the case: how it comes about, and words that its message must hold.
 CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     # The command line itself
-    "no command": (lambda b: [], ("demo, tune, eval, generate, export, doctor", "none")),
-    "unknown command": (lambda b: ["train"], ("demo, tune, eval, generate, export, doctor", "'train'")),
+    "no command": (lambda b: [], ("demo, tune, eval, generate, export, transfer, bank, doctor", "none")),
+    "unknown command": (lambda b: ["train"], ("demo, tune, eval, generate, export, transfer, bank, doctor", "'train'")),
     "unknown option": (lambda b: b.tune("--epochs", "3"), ("'--epochs'", "ptengine tune --help")),
     "shortened option": (lambda b: b.tune("--templ", "x"), ("'--templ'",)),
     "required option missing": (lambda b: ["tune", "--output", str(b.out)], ("expected --train", "none")),
