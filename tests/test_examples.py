@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib
 import json
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -125,11 +126,25 @@ def test_bad_options_are_one_error(options: list[str], said: str, capsys: pytest
     assert line.startswith(f"error: {said}")
 
 
-def test_one_row_cannot_be_divided(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = tmp_path / "one.jsonl"
-    data.write_text('{"text": "See you", "label": "ham"}\n', encoding="utf-8")
-    assert load("classification").main(["--data", str(data)]) == 2
-    assert "expected at least two rows" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"text": "See you", "label": "ham"}], "expected at least two rows"),
+        (
+            [{"text": "See you", "label": "ham"}, {"text": None, "label": "ham"}],
+            "row 1 .*expected text in column 'text'",
+        ),
+        ([{"text": "See you", "label": "ham"}, {"text": "Hello", "label": "eggs"}], "'eggs'"),
+    ],
+)
+def test_bad_rows_are_one_error(
+    rows: list[dict[str, Any]], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "own.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert load("classification").main(["--data", str(data), "--steps", "1"]) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert re.search(said, line)
 
 
 @pytest.mark.parametrize(

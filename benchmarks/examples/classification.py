@@ -26,17 +26,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = common.backbone(args.model)
 
     task = ClassificationTask(Template("Message: {text}\nSpam:"), Verbalizer({"ham": " no", "spam": " yes"}))
+    scores = common.label_baselines(train, test, ["text"])
+    scores["frozen model, template only"] = evaluate(
+        model, None, task, test, tokenizer, truncation=True, max_length=256
+    ).metrics
+
     prompt = ptengine.Prefix(model, 16)  # keys and values in every layer
     with common.output(args) as folder:
         config = ptengine.TrainingConfig(
             folder, max_steps=args.steps, per_device_train_batch_size=32, warmup_ratio=0.05, save_strategy="no",
+            learning_rate=0.1 if args.model is None else None,  # as in `ptengine demo`, else the method's own
             truncation=True, max_length=256,
         )  # fmt: skip
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    scores = common.label_baselines(train, test, ["text"])
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        scores[name] = evaluate(model, tuned, task, test, tokenizer, truncation=True, max_length=256).metrics
+    scores["tuned prefix"] = evaluate(model, prompt, task, test, tokenizer, truncation=True, max_length=256).metrics
     text = "Message: You have won a free phone. Call 09061701461 now\nSpam:"
     (answer,) = ptengine.generate(model, prompt, [text], tokenizer, max_new_tokens=1, do_sample=False)
     common.report(args, (len(train), len(test)), scores, ("accuracy", "macro_f1"), {text: answer})

@@ -18,6 +18,7 @@ import common
 
 import ptengine
 from ptengine.data import GenerationTask, Template, generation_metrics
+from ptengine.errors import InputError
 from ptengine.training import evaluate
 
 TRAIN = ("argparse", "ast", "calendar", "configparser", "csv", "gettext", "mailbox", "shutil", "tarfile")
@@ -30,6 +31,8 @@ def lines_of(modules: Iterable[str]) -> common.Rows:
     library, found = Path(sysconfig.get_path("stdlib")), []
     for module in modules:
         path = library / f"{module}.py"
+        if not path.is_file():
+            raise InputError(f"expected the source {module}.py in Python's standard library, or --data FILE, got none")
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         found += [
             {"context": "\n".join(lines[i - BEFORE : i]), "line": lines[i]}
@@ -49,6 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = common.backbone(args.model)
 
     task = GenerationTask(Template("{context}\n"), target_column="line")
+    right = common.references(test, "line")
+    again = [row["context"].rsplit("\n", 1)[-1] for row in test]
+    scores = {
+        "the line before, once more": generation_metrics(again, right),
+        "line after the nearest context": generation_metrics(common.nearest(train, test, "context", "line"), right),
+    }
+    scores["frozen model, template only"] = evaluate(
+        model, None, task, test, tokenizer, generate=True, max_new_tokens=40
+    ).metrics
+
     prompt = ptengine.Prefix(model, 16)
     with common.output(args) as folder:
         config = ptengine.TrainingConfig(
@@ -56,15 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    right = common.references(test, "line")
-    again = [row["context"].rsplit("\n", 1)[-1] for row in test]
-    scores = {
-        "the line before, once more": generation_metrics(again, right),
-        "line after the nearest context": generation_metrics(common.nearest(train, test, "context", "line"), right),
-    }
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        found = evaluate(model, tuned, task, test, tokenizer, generate=True, max_new_tokens=40)
-        scores[name] = found.metrics
+    found = evaluate(model, prompt, task, test, tokenizer, generate=True, max_new_tokens=40)
+    scores["tuned prefix"] = found.metrics
     shown = {test[0]["context"]: found.predictions[0]}
     common.report(args, (len(train), len(test)), scores, ("chrf", "exact_match", "perplexity"), shown)
 

@@ -98,10 +98,17 @@ def spaced(rows: Rows, column: str) -> Rows:
 
 
 def load_columns(path: str | Path, columns: Sequence[str]) -> Rows:
-    """All rows of a file that has these columns."""
+    """All rows of a file that has these columns, with a text in each."""
     data = load_rows(path)
     check_columns(data, columns, str(path))
-    return data.to_list()
+    found = data.to_list()
+    for index, row in enumerate(found):
+        for column in columns:
+            if not isinstance(row[column], str) or not row[column].strip():
+                raise InputError(
+                    f"{path}, row {index} (counting from 0): expected text in column {column!r}, got {row[column]!r}"
+                )
+    return found
 
 
 def missing(path: Path) -> InputError:

@@ -38,7 +38,11 @@ def play_rows(text: str) -> common.Rows:
 def count_perplexity(tokenizer: Any, train: common.Rows, test: common.Rows) -> float:
     """Perplexity of the test replies by token counts of the training replies, plus one each."""
     known, held = (
-        [token for row in part for token in [*tokenizer(row["reply"]).input_ids, tokenizer.eos_token_id]]
+        [
+            token
+            for row in part
+            for token in [*tokenizer(row["reply"], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+        ]
         for part in (train, test)
     )
     counts, total = Counter(known), len(known) + len(tokenizer)
@@ -61,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = common.backbone(args.model)
 
     task = GenerationTask(Template("{turns}\n{speaker}:"), target_column="reply")
+    scores = {"counts of word pieces": {"perplexity": count_perplexity(tokenizer, train, test)}}
+    scores["frozen model, template only"] = evaluate(model, None, task, test, tokenizer).metrics
+
     prompt = ptengine.Prefix(model, 16)
     with common.output(args) as folder:
         config = ptengine.TrainingConfig(
@@ -68,9 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    scores = {"counts of word pieces": {"perplexity": count_perplexity(tokenizer, train, test)}}
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        scores[name] = evaluate(model, tuned, task, test, tokenizer).metrics
+    scores["tuned prefix"] = evaluate(model, prompt, task, test, tokenizer).metrics
     text = task.template.render(test[0], 0)
     (reply,) = ptengine.generate(model, prompt, [text], tokenizer, max_new_tokens=32, do_sample=False)
     common.report(args, (len(train), len(test)), scores, ("perplexity", "loss"), {text: reply})

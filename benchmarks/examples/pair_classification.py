@@ -31,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         Template("{text}\nQuestion: Is it true that {text_pair}\nAnswer:"),
         Verbalizer({"entailment": [" yes", " Yes"], "not_entailment": [" no", " No"]}),  # a label may have many words
     )
+    scores = common.label_baselines(train, test, ["text", "text_pair"])
+    scores["frozen model, template only"] = evaluate(model, None, task, test, tokenizer, **CUT).metrics
+
     prompt = ptengine.SoftPrompt(
         model, 16, "text", init_text="Read the text and answer the question with yes or no.", tokenizer=tokenizer
     )
@@ -40,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    scores = common.label_baselines(train, test, ["text", "text_pair"])
-    for name, tuned in (("frozen model, template only", None), ("tuned soft prompt", prompt)):
-        found = evaluate(model, tuned, task, test, tokenizer, **CUT)
-        scores[name] = found.metrics
+    found = evaluate(model, prompt, task, test, tokenizer, **CUT)
+    scores["tuned soft prompt"] = found.metrics
     common.report(
         args, (len(train), len(test)), scores, ("accuracy", "macro_f1"), {test[0]["text_pair"]: found.predictions[0]}
     )

@@ -17,6 +17,7 @@ import common
 
 import ptengine
 from ptengine.data import GenerationTask, Template, generation_metrics
+from ptengine.errors import InputError
 from ptengine.training import evaluate
 
 LONGEST_CONTEXT = 1000  # characters
@@ -34,10 +35,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = common.arguments(__doc__, argv, steps=60)
     splits = common.rows(args, common.SHARED / "xquad_en", ("context", "question", "answer"))
     train, test = ([row for row in part if len(row["context"]) <= LONGEST_CONTEXT] for part in splits)
+    if not train or not test:
+        raise InputError(f"expected contexts of at most {LONGEST_CONTEXT} characters in both splits, got none in one")
     train, test = common.spaced(train, "answer"), common.spaced(test, "answer")
     model, tokenizer = common.backbone(args.model)
 
     task = GenerationTask(Template("{context}\nQuestion: {question}\nAnswer:"), target_column="answer")
+    guess = [likely_sentence(row) for row in test]
+    scores = {"likeliest sentence": generation_metrics(guess, common.references(test, "answer"))}
+    scores["frozen model, template only"] = evaluate(
+        model, None, task, test, tokenizer, generate=True, max_new_tokens=24
+    ).metrics
+
     prompt = ptengine.Prefix(model, 16)
     with common.output(args) as folder:
         config = ptengine.TrainingConfig(
@@ -45,11 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    guess = [likely_sentence(row) for row in test]
-    scores = {"likeliest sentence": generation_metrics(guess, common.references(test, "answer"))}
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        found = evaluate(model, tuned, task, test, tokenizer, generate=True, max_new_tokens=24)
-        scores[name] = found.metrics
+    found = evaluate(model, prompt, task, test, tokenizer, generate=True, max_new_tokens=24)
+    scores["tuned prefix"] = found.metrics
     shown = {test[0]["question"]: found.predictions[0]}
     common.report(args, (len(train), len(test)), scores, ("rouge_l", "exact_match", "perplexity"), shown)
 

@@ -29,6 +29,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = common.backbone(args.model)
 
     task = GenerationTask(Template("{source}\nSummary:"))
+    lead = [re.split(r"(?<=[.!?。！？])\s*", row["source"])[0] for row in test]
+    scores = {"first sentence": generation_metrics(lead, common.references(test, "target"))}
+    scores["frozen model, template only"] = evaluate(
+        model, None, task, test, tokenizer, generate=True, max_new_tokens=64, **CUT
+    ).metrics
+
     prompt = ptengine.Prefix(model, 16)
     with common.output(args) as folder:
         config = ptengine.TrainingConfig(
@@ -36,11 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    lead = [re.split(r"(?<=[.!?。！？])\s*", row["source"])[0] for row in test]
-    scores = {"first sentence": generation_metrics(lead, common.references(test, "target"))}
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        found = evaluate(model, tuned, task, test, tokenizer, generate=True, max_new_tokens=64, **CUT)
-        scores[name] = found.metrics
+    found = evaluate(model, prompt, task, test, tokenizer, generate=True, max_new_tokens=64, **CUT)
+    scores["tuned prefix"] = found.metrics
     shown = {test[0]["source"][:100] + "...": found.predictions[0]}
     common.report(args, (len(train), len(test)), scores, ("rouge_l", "chrf", "perplexity"), shown)
 

@@ -27,13 +27,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = common.backbone(args.model)
 
     task = GenerationTask(Template("{source}\nDescription:"))
-    prompt = ptengine.Prefix(model, 16)
-    with common.output(args) as folder:
-        config = ptengine.TrainingConfig(
-            folder, max_steps=args.steps, per_device_train_batch_size=16, warmup_ratio=0.05, save_strategy="no"
-        )
-        ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
-
     right = common.references(test, "target")
     scores = {
         "the record itself": generation_metrics([row["source"] for row in test], right),
@@ -41,8 +34,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             common.nearest(train, test, "source", "target"), right
         ),
     }
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        scores[name] = evaluate(model, tuned, task, test, tokenizer, generate=True, max_new_tokens=64).metrics
+    scores["frozen model, template only"] = evaluate(
+        model, None, task, test, tokenizer, generate=True, max_new_tokens=64
+    ).metrics
+
+    prompt = ptengine.Prefix(model, 16)
+    with common.output(args) as folder:
+        config = ptengine.TrainingConfig(
+            folder, max_steps=args.steps, per_device_train_batch_size=16, warmup_ratio=0.05, save_strategy="no",
+            learning_rate=0.1 if args.model is None else None,  # as in `ptengine demo`, else the method's own
+        )  # fmt: skip
+        ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
+
+    scores["tuned prefix"] = evaluate(model, prompt, task, test, tokenizer, generate=True, max_new_tokens=64).metrics
     record = "name[Aromi], eatType[coffee shop], food[Chinese], area[riverside]"
     text = f"{record}\nDescription:"
     (written,) = ptengine.generate(model, prompt, [text], tokenizer, max_new_tokens=48, do_sample=False)

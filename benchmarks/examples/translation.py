@@ -43,6 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     model, tokenizer = common.backbone(args.model)
 
     task = GenerationTask(Template("Chinese: {source}\nEnglish:"))
+    memory = common.nearest(train, test, "source", "target")
+    scores = {"translation of the nearest source": generation_metrics(memory, common.references(test, "target"))}
+    scores["frozen model, template only"] = evaluate(
+        model, None, task, test, tokenizer, generate=True, max_new_tokens=32
+    ).metrics
+
     prompt = ptengine.Prefix(model, 16)
     with common.output(args) as folder:
         config = ptengine.TrainingConfig(
@@ -50,11 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         ptengine.Trainer(model, prompt, train, None, config, task=task, tokenizer=tokenizer).fit()
 
-    memory = common.nearest(train, test, "source", "target")
-    scores = {"translation of the nearest source": generation_metrics(memory, common.references(test, "target"))}
-    for name, tuned in (("frozen model, template only", None), ("tuned prefix", prompt)):
-        found = evaluate(model, tuned, task, test, tokenizer, generate=True, max_new_tokens=32)
-        scores[name] = found.metrics
+    found = evaluate(model, prompt, task, test, tokenizer, generate=True, max_new_tokens=32)
+    scores["tuned prefix"] = found.metrics
     shown = {test[0]["source"]: found.predictions[0]}
     common.report(args, (len(train), len(test)), scores, ("chrf", "bleu", "perplexity"), shown)
 
