@@ -155,7 +155,8 @@ class GenerationTask:
     """A causal model reads the text and writes the target: the template's text, then the target column, then EOS.
 
     The loss stands on the target's tokens only, the EOS among them. The target is tokenised apart, exactly as written,
-    and joined: a separator (a newline, say) belongs at the end of the template. The target is never cut.
+    and joined: a separator (a newline, say) belongs at the end of the template, a blank before a word at the start of
+    the target, for tokenizers whose words begin with one. The target is never cut.
 
     Attributes:
         template: the text before the target.
