@@ -35,6 +35,7 @@ _CAPTURING = threading.Lock()
 _ONE_BY_ONE = {
     "num_beams": (None, 1),
     "use_cache": (None, True),
+    "cache_implementation": (None,),
     "output_attentions": (None, False),
     "output_hidden_states": (None, False),
     "penalty_alpha": (None,),

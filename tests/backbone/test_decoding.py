@@ -27,6 +27,7 @@ WAYS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "beams": {"num_beams": 3},
     "no cache": {"use_cache": False},
+    "a cache by name": {"cache_implementation": "dynamic"},  # which stock refuses beside a cache that is given
     "attentions": {"output_attentions": True, "return_dict_in_generate": True},
     "few tokens": {"max_new_tokens": 4},
     "no number of tokens": {"max_new_tokens": None, "max_length": 40},
