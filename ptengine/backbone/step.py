@@ -112,12 +112,7 @@ def packed_loss(
             model's positions.
     """
     found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
-    spec = require_patched(model)
-    hidden, weight, bias = _head(spec, found.hidden)
-    loss = linear_cross_entropy(
-        hidden, weight, found.labels, bias=bias, softcap=spec.logit_softcap, label_smoothing=label_smoothing
-    )
-    return PackedLoss(loss, found.labels.numel())
+    return PackedLoss(_cross_entropy(require_patched(model), found, label_smoothing, "mean"), found.labels.numel())
 
 
 def label_log_probs(
@@ -141,18 +136,7 @@ def label_losses(
     The second tensor is the row each stands in, int64 [n]. Arguments and errors as in `packed_loss`.
     """
     found = label_hidden(model, lowered, batch, prompt_ids=prompt_ids)
-    spec = require_patched(model)
-    hidden, weight, bias = _head(spec, found.hidden)
-    losses = linear_cross_entropy(
-        hidden,
-        weight,
-        found.labels,
-        bias=bias,
-        softcap=spec.logit_softcap,
-        label_smoothing=label_smoothing,
-        reduction="none",
-    )  # [n]
-    return losses, found.rows
+    return _cross_entropy(require_patched(model), found, label_smoothing, "none"), found.rows
 
 
 def label_hidden(
@@ -295,7 +279,7 @@ def lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], ba
     device = spec.word_embeddings.weight.device
     batch = batch.to(device)
     sizes = [prompt.num_virtual_tokens for prompt in prompts]
-    lengths = batch.cu_seqlens.diff().tolist()
+    lengths, least, most = _read_back(batch)
     virtual = [sizes[prompt] if prompt >= 0 else 0 for prompt in ids]  # virtual tokens before each row
     too_long = [row for row, length in enumerate(lengths) if length + virtual[row] > spec.max_positions]
     if too_long:
@@ -304,7 +288,7 @@ def lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], ba
             f"row {row}: expected at most {spec.max_positions} positions, got {virtual[row]} virtual tokens and "
             f"{lengths[row]} tokens of text"
         )
-    _check_vocabulary(spec, batch)
+    _check_vocabulary(spec, batch, least, most)
     for row, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
         check_reach(prompts[prompt] if prompt >= 0 else None, length, f"row {row}")
     text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
@@ -372,12 +356,18 @@ def lay_out(spec: BackboneSpec, prompts: list[LoweredPrompt], ids: list[int], ba
     )
 
 
-def _check_vocabulary(spec: BackboneSpec, batch: PackedBatch) -> None:
+def _read_back(batch: PackedBatch) -> tuple[list[int], int, int]:
+    """The rows' lengths, the least and the greatest token id (0 without tokens), for which a GPU is waited for once."""
+    lengths = batch.cu_seqlens.diff()  # [rows]
+    if batch.num_tokens == 0:
+        return lengths.tolist(), 0, 0
+    *read, least, most = torch.cat([lengths, torch.stack(batch.input_ids.aminmax())]).tolist()
+    return read, least, most
+
+
+def _check_vocabulary(spec: BackboneSpec, batch: PackedBatch, least: int, most: int) -> None:
     """Refuse tokens that the table of embeddings does not have: on CUDA they would end the process's context."""
     known = spec.word_embeddings.weight.shape[0]
-    if batch.num_tokens == 0:
-        return
-    least, most = (int(x) for x in batch.input_ids.aminmax())
     if least < 0 or most >= known:
         token = least if least < 0 else most
         at = int((batch.input_ids == token).nonzero()[0])
@@ -445,6 +435,15 @@ def vocabulary_logits(spec: BackboneSpec, hidden: Tensor) -> Tensor:
     if spec.logit_softcap is not None:
         logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
     return logits
+
+
+def _cross_entropy(spec: BackboneSpec, found: LabelHidden, label_smoothing: float, reduction: str) -> Tensor:
+    """Of the labels, through the frozen LM head: a scalar, or [n] with the reduction "none"."""
+    hidden, weight, bias = _head(spec, found.hidden)
+    return linear_cross_entropy(
+        hidden, weight, found.labels, bias=bias, softcap=spec.logit_softcap, label_smoothing=label_smoothing,
+        reduction=reduction,
+    )  # fmt: skip
 
 
 def _head(spec: BackboneSpec, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
