@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
-from family_numbers import brief, errors_of, judged
+from family_numbers import brief, errors_of, judged, refusal_of_unbuilt
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -62,6 +62,7 @@ def ours(model: Any, prompt: Any, texts: list[list[int]]) -> Tensor:
 
 def check(model_type: str) -> dict[str, Any]:
     """One row of the table."""
+    model: Any = None
     try:
         model = build(model_type)
         texts = rows()
@@ -72,7 +73,7 @@ def check(model_type: str) -> dict[str, Any]:
         if not expected.isfinite().all():
             raise RuntimeError("the stock logits of random weights are not finite")
     except Exception as error:
-        return {"status": "not built", "reason": brief(error), **_refusal_of_unbuilt(locals().get("model"))}
+        return {"status": "not built", "reason": brief(error), **refusal_of_unbuilt(model)}
     try:
         ptengine.patch(model)
     except UnsupportedModelError as error:
@@ -112,14 +113,3 @@ def check(model_type: str) -> dict[str, Any]:
         pair = (lambda: through_ours(prefix), lambda: stock_prefix(model, prefix, texts))
         result["prefix_logits"], result["prefix_gradient"] = errors_of(pair, [keys, values])
     return judged(result)
-
-
-def _refusal_of_unbuilt(model: Any) -> dict[str, Any]:
-    """Where a model was built and its stock computation fails: patching must refuse it."""
-    if model is None:
-        return {}
-    try:
-        ptengine.patch(model)
-    except UnsupportedModelError as error:
-        return {"status": "refused", "reason": str(error)}
-    return {"status": "failed"}

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
-from family_numbers import brief, errors_of, judged
+from family_numbers import brief, errors_of, judged, refusal_of_unbuilt
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -163,7 +163,7 @@ def _check_head(model_type: str, head: str) -> dict[str, Any]:
         if not stock_soft(model, embeds, texts, "hidden").isfinite().all():
             raise RuntimeError("the stock hidden states of random weights are not finite")
     except Exception as error:
-        return {"status": "not built", "reason": brief(error), **_refusal_of_unbuilt(model)}
+        return {"status": "not built", "reason": brief(error), **refusal_of_unbuilt(model)}
     try:
         ptengine.patch(model)
     except UnsupportedModelError as error:
@@ -192,14 +192,3 @@ def _check_head(model_type: str, head: str) -> dict[str, Any]:
         )
         result["prefix_logits"], result["prefix_gradient"] = errors_of(pair, [keys, values])
     return judged(result)
-
-
-def _refusal_of_unbuilt(model: Any) -> dict[str, Any]:
-    """Where a model was built and its stock computation fails: patching must refuse it."""
-    if model is None:
-        return {}
-    try:
-        ptengine.patch(model)
-    except UnsupportedModelError as error:
-        return {"status": "refused", "reason": str(error)}
-    return {"status": "failed"}

@@ -1,4 +1,4 @@
-"""How far two computations of the family matrix are apart, and what that makes of a row."""
+"""How far two computations of the family matrix are apart, and what that, or a model that fails, makes of a row."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+import ptengine
+from ptengine.errors import UnsupportedModelError
 
 BOUND = 1e-4
 
@@ -39,3 +42,14 @@ def judged(result: dict[str, Any]) -> dict[str, Any]:
     if bad:
         result |= {"status": "failed", "reason": f"beyond {BOUND}: {', '.join(bad)}"}
     return result
+
+
+def refusal_of_unbuilt(model: Any) -> dict[str, Any]:
+    """Where a model was built and its stock computation fails: patching must refuse it."""
+    if model is None:
+        return {}
+    try:
+        ptengine.patch(model)
+    except UnsupportedModelError as error:
+        return {"status": "refused", "reason": str(error)}
+    return {"status": "failed"}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import add_model_arguments, read_label_words, unescape, whole
+from ptengine.commands.options import add_model_arguments, classification_task, whole
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -163,13 +163,10 @@ def _by_prompt(args: argparse.Namespace, measure: str) -> Any:
 
 
 def _task(args: argparse.Namespace) -> Task:
-    from ptengine.data import ClassificationTask, Template, Verbalizer
-
     for name in ("template", "label_words"):
         if getattr(args, name) is None:
             raise InputError(f"expected --{name.replace('_', '-')} with --shots, got none")
-    words = Verbalizer(read_label_words(args.label_words))
-    return ClassificationTask(Template(unescape(args.template)), words, args.label_column)
+    return classification_task(args.template, args.label_words, args.label_column)
 
 
 def _compare(args: argparse.Namespace) -> Outcome:

@@ -14,15 +14,21 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptengine.errors import InputError
 
+if TYPE_CHECKING:
+    from ptengine.data import ClassificationTask
+
 __all__ = [
+    "absolute",
     "add_config_arguments",
     "add_model_arguments",
     "add_task_arguments",
+    "check_output",
     "choice",
+    "classification_task",
     "config_options",
     "flag",
     "number",
@@ -115,6 +121,27 @@ def read_label_words(text: str) -> dict[str, Any]:
             raise InputError(f"expected different labels in --label-words, got {label!r} twice")
         words[label] = unescape(word)
     return words
+
+
+def classification_task(template: str, label_words: str, label_column: str) -> ClassificationTask:
+    """The task of ``--template``, ``--label-words`` and ``--label-column``; errors as `read_label_words`."""
+    from ptengine.data import ClassificationTask, Template, Verbalizer
+
+    return ClassificationTask(Template(unescape(template)), Verbalizer(read_label_words(label_words)), label_column)
+
+
+def check_output(output: Path, resume: bool | str) -> None:
+    """Refuse an ``--output`` that holds anything, unless a run in it is to be resumed."""
+    if resume is False and output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(
+            f"expected --output, a new or empty folder, got {str(output)!r}, which is "
+            f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
+        )
+
+
+def absolute(path: str | None) -> str | None:
+    """`path` as it can be found again from any folder."""
+    return None if path is None else str(Path(path).resolve())
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:

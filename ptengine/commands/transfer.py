@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
 from ptengine.commands.options import (
+    absolute,
     add_config_arguments,
     add_model_arguments,
+    check_output,
     choice,
+    classification_task,
     config_options,
     number,
-    read_label_words,
-    unescape,
     whole,
 )
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ptengine.data import ClassificationTask
     from ptengine.transfer.flow import FlowSettings
 
 EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train.jsonl \
@@ -128,17 +128,13 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.transfer.report import write_report
 
     output = Path(args.output)
-    if not args.resume and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(
-            f"expected --output, a new or empty folder, got {str(output)!r}, which is "
-            f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
-        )
+    check_output(output, args.resume)
     training = TrainingConfig(
         output_dir=args.output, max_steps=args.steps, logging_steps=50, disable_tqdm=True, **config_options(args)
     )
     settings = _settings(args, training.seed)
-    task = _task(args.template, args.verbalizer, args.label_column)
-    source_task = _task(
+    task = classification_task(args.template, args.verbalizer, args.label_column)
+    source_task = classification_task(
         args.source_template or args.template, args.source_verbalizer or args.verbalizer, args.label_column
     )
     sources = _sources(args.source)
@@ -148,7 +144,7 @@ def run(args: argparse.Namespace) -> Outcome:
         model, tokenizer, sources=sources, target=args.target, test=args.test, task=task, source_task=source_task,
         settings=settings, training=training, say=lambda text: print(text, file=sys.stderr),
     )  # fmt: skip
-    Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task)).write(output)
+    Recipe(task, absolute(args.model), absolute(args.tokenizer), dtype, model_fingerprint(model, task)).write(output)
     report = flow_report(result, task, _stem(args.target))
     paths = write_report(output, report)
     data = {
@@ -198,12 +194,6 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
     )
 
 
-def _task(template: str, words: str, label_column: str) -> ClassificationTask:
-    from ptengine.data import ClassificationTask, Template, Verbalizer
-
-    return ClassificationTask(Template(unescape(template)), Verbalizer(read_label_words(words)), label_column)
-
-
 def _sources(given: list[str]) -> dict[str, str]:
     """Name to file; a name is what stands before ``=``, or the file's own without its ending."""
     sources: dict[str, str] = {}
@@ -227,10 +217,6 @@ def _shots(text: str) -> int | None:
 
 def _stem(path: str) -> str:
     return Path(path).stem
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).resolve())
 
 
 def _shown(output: str, report: Any, paths: dict[str, Path]) -> list[Any]:

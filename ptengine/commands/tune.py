@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
 from ptengine.commands.options import (
+    absolute,
     add_config_arguments,
     add_model_arguments,
     add_task_arguments,
+    check_output,
     choice,
     config_options,
     read_label_words,
@@ -96,11 +98,12 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.files import make_directory, write_json_atomic
     from ptengine.prompts import create, prompt_class
     from ptengine.training import Trainer, TrainingConfig, evaluate
+    from ptengine.training.evaluation import evaluation_options
 
     check_sweep(args)
     config = TrainingConfig(output_dir=args.output, **config_options(args))
     output = Path(args.output)
-    _check_output(output, args.resume)
+    check_output(output, args.resume)
     options = _prompt_options(args)
     task = _make_task(args)
     device = pick_device(args.device)
@@ -116,7 +119,7 @@ def run(args: argparse.Namespace) -> Outcome:
         return create(METHODS[args.method], model, **(options | ({"seed": seed} if "seed" in options else {})))
 
     prompt: Prompt | None = make_prompt(config.seed)
-    recipe = Recipe(task, _absolute(args.model), _absolute(args.tokenizer), dtype, model_fingerprint(model, task))
+    recipe = Recipe(task, absolute(args.model), absolute(args.tokenizer), dtype, model_fingerprint(model, task))
     if args.test is not None:
         _check_test(args, config, task, tokenizer, prompt, model)
     if args.resume is not False:
@@ -136,22 +139,11 @@ def run(args: argparse.Namespace) -> Outcome:
             task,
             args.test,
             tokenizer,
-            batch_size=config.per_device_eval_batch_size,
-            max_length=config.max_length,
-            truncation=config.truncation,
-            bf16=config.bf16,
+            **evaluation_options(config),
         )
         data["test"] = {"file": args.test, "rows": judged.n, "metrics": judged.metrics}
     write_json_atomic(output / "metrics.json", data)
     return Outcome(data, (*lines, *_end_lines(args.output, data, task)), status=0 if prompt is not None else 1)
-
-
-def _check_output(output: Path, resume: Any) -> None:
-    if resume is False and output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise InputError(
-            f"expected --output, a new or empty folder, got {str(output)!r}, which is "
-            f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
-        )
 
 
 @contextlib.contextmanager
@@ -270,10 +262,6 @@ def _labels(path: str, column: str) -> tuple[str, ...]:
             raise InputError(f"{place(path, index)}: expected a label in column {column!r}, got {described(value)}")
         found.add(name)
     return tuple(sorted(found))
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).resolve())
 
 
 def _describe(args: argparse.Namespace, result: TrainingResult) -> dict[str, Any]:

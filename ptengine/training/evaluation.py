@@ -17,12 +17,23 @@ from ptengine.backbone.spec import backbone_spec
 from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
+from ptengine.training.config import TrainingConfig
 from ptengine.training.freezing import frozen, head_parameters
 from ptengine.training.objective import EvalResult, make_objective
 from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
 from ptengine.training.run import HEAD_NAME
 
-__all__ = ["evaluate", "load_head"]
+__all__ = ["evaluate", "evaluation_options", "load_head"]
+
+
+def evaluation_options(config: TrainingConfig) -> dict[str, Any]:
+    """Keyword arguments with which `evaluate` treats rows as a run of `config` does."""
+    return {
+        "batch_size": config.per_device_eval_batch_size,
+        "max_length": config.max_length,
+        "truncation": config.truncation,
+        "bf16": config.bf16,
+    }
 
 
 def evaluate(

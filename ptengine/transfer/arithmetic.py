@@ -17,7 +17,7 @@ from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create, prompt_class
 
-__all__ = ["add_task_vectors", "start_from", "weighted_mean"]
+__all__ = ["add_task_vectors", "form_of", "start_from", "weighted_mean"]
 
 
 def weighted_mean(prompts: Sequence[Prompt], weights: Sequence[float] | None = None) -> Prompt:
@@ -68,13 +68,16 @@ def start_from(model: Any, prompt: Prompt) -> Prompt:
     return create(folded.method, model, init="prompt", prompt=folded)
 
 
+def form_of(prompt: Prompt) -> dict[str, Any]:
+    """The method of a folded prompt and the shapes of its numbers: what two prompts need in common to be added."""
+    return {"method": prompt.method, **{name: list(tensor.shape) for name, tensor in prompt.state_dict().items()}}
+
+
 def _same_form(prompts: Sequence[Prompt]) -> list[Prompt]:
     if not prompts:
         raise InputError("expected at least one prompt to combine, got none")
     folded = [prompt.fold() for prompt in prompts]
-    forms = [
-        (prompt.method, {name: list(tensor.shape) for name, tensor in prompt.state_dict().items()}) for prompt in folded
-    ]
+    forms = [form_of(prompt) for prompt in folded]
     for prompt, form in zip(folded, forms, strict=True):
         folded[0].facts.require_same(prompt.facts, "the first prompt to combine")
         if form != forms[0]:

@@ -30,6 +30,7 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.io import load_prompt, read_prompt
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
 from ptengine.training.preparation import DataSource, check_prompt
+from ptengine.transfer.arithmetic import form_of
 from ptengine.transfer.cards import PromptCard, checked_metrics, data_facts
 from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity, shot_metrics
@@ -159,8 +160,8 @@ class PromptBank:
         check_prompt(prompt, model)
         folded = prompt.fold()
         start = None if initial is None else initial.fold()
-        if start is not None and _form(start) != _form(folded):
-            raise InputError(f"expected an initial prompt of the form {_form(folded)}, got {_form(start)}")
+        if start is not None and form_of(start) != form_of(folded):
+            raise InputError(f"expected an initial prompt of the form {form_of(folded)}, got {form_of(start)}")
         card = PromptCard(
             name=name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -339,7 +340,3 @@ def weights_sha256(prompt: Prompt) -> str:
 
 def _has_card(folder: Path) -> bool:
     return (folder / CARD_NAME).is_file()
-
-
-def _form(prompt: Prompt) -> dict[str, Any]:
-    return {"method": prompt.method, **{name: list(tensor.shape) for name, tensor in prompt.state_dict().items()}}

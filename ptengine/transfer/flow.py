@@ -28,6 +28,7 @@ from ptengine.files import json_bytes, make_directory, write_together
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
+from ptengine.training.evaluation import evaluation_options
 from ptengine.training.preparation import DataSource, encode, room_for_text
 from ptengine.transfer.bank import PromptBank
 from ptengine.transfer.cleaning import Cleaned, Cleaning, CleaningReport, clean
@@ -153,11 +154,10 @@ def run_flow(
         say("control: the same from sources with shuffled labels")
         prompts[CONTROL] = work.control(data, moved, output / "control")
     say(f"judging on {len(data.test)} test rows")
-    judged = {
-        name: judge(model, tokenizer, task, data.test, prompt, **work.lengths()) for name, prompt in prompts.items()
-    }
+    options = evaluation_options(training)
+    judged = {name: judge(model, tokenizer, task, data.test, prompt, **options) for name, prompt in prompts.items()}
     zero_shot = {
-        entry.name: judge(model, tokenizer, task, data.test, entry.load(model, tokenizer), **work.lengths())
+        entry.name: judge(model, tokenizer, task, data.test, entry.load(model, tokenizer), **options)
         for entry in bank.list()
         if entry.name in sources
     }
@@ -302,15 +302,6 @@ class _Work:
             training=replace(self.training, output_dir=str(folder / "target")), source_task=self.source_task,
             source_data=_joined(shuffled), resume=True,
         ).prompt  # fmt: skip
-
-    def lengths(self) -> dict[str, Any]:
-        config = self.training
-        return {
-            "batch_size": config.per_device_eval_batch_size,
-            "max_length": config.max_length,
-            "truncation": config.truncation,
-            "bf16": config.bf16,
-        }
 
 
 def _shuffled(rows: Rows, task: ClassificationTask, seed: int) -> Rows:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ from ptengine.files import make_directory
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import EvalResult, Trainer, TrainingConfig, TrainingResult, evaluate
+from ptengine.training.evaluation import evaluation_options
 from ptengine.training.identity import FREE_SETTINGS
 from ptengine.training.preparation import DataSource
 from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
 from ptengine.transfer.bank import BankEntry, PromptBank, Search, weights_sha256
 from ptengine.transfer.cards import data_facts
 from ptengine.transfer.guard import SCRATCH, SOURCE, TRANSFERRED
-from ptengine.transfer.identity import identify
+from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.losses import TransferLoss
 from ptengine.transfer.strategies import Guard, Strategy
 
@@ -78,11 +80,15 @@ class Procedure:
         if self.guard is not None:
             self.fresh()
 
+    @cached_property
+    def identity(self) -> BackboneIdentity:
+        """Of the frozen backbone and its tokenizer, which every pass asks for."""
+        return identify(self.model, self.tokenizer)
+
     def usable(self) -> list[BankEntry]:
         """The bank's entries of this backbone, all of one method and length, so that scratch can be like them."""
-        present = identify(self.model, self.tokenizer)
         entries = [entry for entry in self.bank.list() if entry.name not in self.exclude]
-        reasons = {entry.name: entry.card.refusal(present) for entry in entries}
+        reasons = {entry.name: entry.card.refusal(self.identity) for entry in entries}
         good = [entry for entry in entries if reasons[entry.name] is None]
         if not good:
             raise InputError(
@@ -100,7 +106,6 @@ class Procedure:
     def plan(self, rows: Rows) -> dict[str, Any]:
         """Json values that must be equal for a run to go on."""
         settings = {name: value for name, value in asdict(self.training).items() if name not in FREE_SETTINGS}
-        identity = identify(self.model, self.tokenizer)
         return {
             "training": settings,
             "strategy": asdict(self.strategy),
@@ -111,7 +116,7 @@ class Procedure:
             "shots": asdict(data_facts(rows, "shots")),
             "source_task": None if self.source_task is None else task_to_json(self.source_task),
             "source_data": None if self.source_data is None else asdict(data_facts(self.source_data, "source")),
-            "backbone": {"fingerprint": identity.fingerprint, "tokenizer": identity.tokenizer},
+            "backbone": {"fingerprint": self.identity.fingerprint, "tokenizer": self.identity.tokenizer},
             "bank": {entry.name: weights_sha256(entry.read()[0]) for entry in self.usable()},
         }
 
@@ -150,7 +155,7 @@ class Procedure:
         wanted = self.strategy.initialize
         asked: dict[str, Any] = {"model": self.model, "tokenizer": self.tokenizer, "exclude": self.exclude}
         if wanted.measure == "shot_loss":
-            return self.bank.search(task=self.task, shots=rows, **self.evaluation(), **asked)
+            return self.bank.search(task=self.task, shots=rows, **evaluation_options(self.training), **asked)
         probe, initial = self.fresh(), None
         if wanted.measure == "task_vector_cosine":
             initial = self.usable()[0].load_initial(self.model, self.tokenizer)
@@ -203,17 +208,7 @@ class Procedure:
         )
 
     def score(self, prompt: Prompt, rows: Rows) -> EvalResult:
-        return evaluate(self.model, prompt, self.task, rows, self.tokenizer, **self.evaluation())
-
-    def evaluation(self) -> dict[str, Any]:
-        """Options of `ptengine.training.evaluate`."""
-        config = self.training
-        return {
-            "batch_size": config.per_device_eval_batch_size,
-            "max_length": config.max_length,
-            "truncation": config.truncation,
-            "bf16": config.bf16,
-        }
+        return evaluate(self.model, prompt, self.task, rows, self.tokenizer, **evaluation_options(self.training))
 
 
 def scratch_name(rate: float) -> str:
