@@ -152,7 +152,7 @@ class _Steps:
             self._positions.copy_(positions)
             self._starts.sub_(1)
         assert self._run is not None
-        logits = self._run().clone()  # [B, 1, V]; the next step writes over it
+        logits = self._run()  # [B, 1, V]; the next step writes over it, but what the stock loop keeps it copies
         self._cache.grown()
         return CausalLMOutputWithPast(logits=logits, past_key_values=self._cache)
 

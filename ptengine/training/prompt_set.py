@@ -255,7 +255,7 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
                 f"member {index}: expected a prompt and a task without a trained head, which is part of the model that "
                 f"all members share, got {type(trainer.task).__name__}"
             )
-        if not isinstance(trainer.step_loss, TaskLoss):
+        if type(trainer.step_loss) is not TaskLoss:  # a subclass may add to it
             raise InputError(
                 f"member {index}: expected a trainer of its task's loss alone, which one batch computes, got step_loss="
                 f"{type(trainer.step_loss).__name__}"

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ptengine.errors import InputError, TrainingDiverged
-from ptengine.training import Trainer, TrainingConfig
+from ptengine.training import PromptSet, Trainer, TrainingConfig
 from ptengine.training.step_loss import LossPart, TaskLoss
 
 
@@ -52,6 +52,13 @@ def trainer(tiny: ModuleType, folder: Path, step_loss: Any, **settings: Any) -> 
 def test_the_default_is_the_task_alone(tiny: ModuleType, tmp_path: Path) -> None:
     losses = [trainer(tiny, tmp_path / name, loss)[0].fit().losses for name, loss in (("a", None), ("b", TaskLoss()))]
     assert losses[0] == losses[1]
+
+
+def test_a_set_of_prompts_takes_task_losses_alone(tiny: ModuleType, tmp_path: Path) -> None:
+    """Its one batch computes no other: a member's anchor or source rows would have been left out without a word."""
+    member, _ = trainer(tiny, tmp_path / "one", Extra(0.5))
+    with pytest.raises(InputError, match=r"member 0: expected a trainer of its task's loss alone.*got step_loss=Extra"):
+        PromptSet([member], tmp_path)
 
 
 def test_parts_add_up_and_are_told_the_step(tiny: ModuleType, tmp_path: Path) -> None:
