@@ -181,13 +181,17 @@ def steerability(folder: Path, language: str, device: str, data: Path) -> dict[s
     return found
 
 
-def export(member: Member, tokenizer: Any, folder: Path) -> None:
-    member.model.load_state_dict(member.weights)
-    copy.deepcopy(member.model).half().save_pretrained(folder)
+def save_as_half(model: Any, tokenizer: Any, folder: Path) -> None:
+    copy.deepcopy(model).half().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())
     config["dtype"] = "float32"  # only the file is fp16, whose arithmetic is slow on CPU
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def export(member: Member, tokenizer: Any, folder: Path) -> None:
+    member.model.load_state_dict(member.weights)
+    save_as_half(member.model, tokenizer, folder)
 
 
 def main() -> None:

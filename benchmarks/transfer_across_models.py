@@ -8,12 +8,16 @@ for each model (transfer_lab.py; kept in --out, so a run that was cut off goes o
 by each method of `ptengine.transfer.carry_prompt` and scored on the domain's test rows, without a step of training,
 beside
 
+    projector   a network tuned on half of the domains (their prompts, and their rows on the target model) carries the
+                prompts of the other half
     no_prompt   the target model alone
     random      the prompt times a random matrix of the carried prompt's root mean square; the mean of five of them
+    lessons     a fresh prompt of the target model tuned on the rows that the projector saw, by as many steps: what they
+                teach without any prompt of the source model
     own         the domain's prompt tuned for the target model itself: what could be had
 
 A pair is (source model, target model, domain). Nothing is picked on test rows. The models must not know labelled rows
-of the domains: those of train_transfer_backbone.py do not.
+of the domains: those of train_transfer_backbone.py and train_masked_backbone.py do not.
 """
 
 from __future__ import annotations
@@ -23,16 +27,21 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from train_step import SHARED, environment
-from transfer_lab import LANGUAGES, Lab
+from transfer_lab import LANGUAGES, Fit, Lab
 
 from ptengine.backbone import VirtualTokens
 from ptengine.files import write_json_atomic
-from ptengine.transfer import carry_prompt
+from ptengine.prompts import ProjectedPrompt
+from ptengine.prompts.base import Prompt
+from ptengine.transfer import ProjectorLesson, carry_prompt, tune_projector, vocabulary_map
 from ptengine.transfer.across_models import CARRY_METHODS
 
 RANDOM_MATRICES = 5
@@ -51,7 +60,31 @@ def soft_rows(prompt: Any) -> torch.Tensor:
     return lowered.embeds.detach().float().cpu()  # [P, d]
 
 
-def run_pair(source: Lab, target: Lab, domain: str, test_rows: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Lessons:
+    """What half of the domains taught a target model: a `projector` from a source model's prompts, and a prompt."""
+
+    projector: ProjectedPrompt
+    alone: Prompt
+
+
+def learn(source: Lab, target: Lab, domains: Sequence[str], steps: int) -> Lessons:
+    rows = {domain: target.rows(domain, "train") for domain in domains}
+    lessons = [
+        ProjectorLesson(source.source("soft", "sources", domain), target.task, rows[domain]) for domain in domains
+    ]
+    mapping = vocabulary_map(source.model, source.tokenizer, target.model, target.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        projector, _ = tune_projector(
+            target.model, target.tokenizer, lessons, target.config(folder, 0, max_steps=steps), mapping=mapping
+        )
+    alone = target.fresh("soft", 0)
+    every = [row for its in rows.values() for row in its]
+    target.fit(Fit(alone, every, None, steps, steps, alone.default_learning_rate(), 0))
+    return Lessons(projector, alone)
+
+
+def run_pair(source: Lab, target: Lab, domain: str, test_rows: int, lessons: Lessons) -> dict[str, float]:
     prompt = source.source("soft", "sources", domain)
     test = target.encode(domain, "test", test_rows)
     own = target.source("soft", "sources", domain)
@@ -59,6 +92,8 @@ def run_pair(source: Lab, target: Lab, domain: str, test_rows: int) -> dict[str,
     for method in CARRY_METHODS:
         carried = carry_prompt(prompt, source.model, source.tokenizer, target.model, target.tokenizer, method)
         found[method] = target.accuracy(carried, test)
+    found["projector"] = target.accuracy(lessons.projector.project(prompt), test)
+    found["lessons"] = target.accuracy(lessons.alone, test)
     scores = []
     for seed in range(RANDOM_MATRICES):
         anything = target.fresh("soft", seed)
@@ -72,7 +107,7 @@ def summary(pairs: dict[str, dict[str, float]]) -> dict[str, Any]:
     found: dict[str, Any] = {"pairs": len(pairs)}
     names = list(next(iter(pairs.values())))
     found["accuracy"] = {name: statistics.mean(pair[name] for pair in pairs.values()) for name in names}
-    for method in CARRY_METHODS:
+    for method in (*CARRY_METHODS, "projector"):
         wins = [pair[method] > max(pair["no_prompt"], pair["random"]) for pair in pairs.values()]
         found[f"{method}_beats_no_prompt_and_random"] = statistics.mean(wins)
     return found
@@ -88,6 +123,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--test-rows", type=int, default=300, help="of a domain, at most (default 300)")
     parser.add_argument("--source-steps", type=int, default=200, help="(default 200)")
+    parser.add_argument("--projector-steps", type=int, default=100, help="(default 100)")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a row (default 128)")
     args = parser.parse_args()
     if len({path.name for path in args.models}) < 2:
@@ -102,15 +138,25 @@ def main() -> None:
         labs[path.name] = lab
     pairs: dict[str, dict[str, float]] = {}
     for (name, source), (other, target) in itertools.permutations(labs.items(), 2):
-        for domain in source.domains():
-            pairs[f"{name} to {other}, {domain}"] = run_pair(source, target, domain, args.test_rows)
-            print(f"{name} to {other}, {domain}: {pairs[f'{name} to {other}, {domain}']}", flush=True)
+        domains = source.domains()
+        halves = domains[::2], domains[1::2]
+        for carried, taught in (halves, halves[::-1]):
+            lessons = learn(source, target, taught, args.projector_steps)
+            for domain in carried:
+                key = f"{name} to {other}, {domain}"
+                pairs[key] = run_pair(source, target, domain, args.test_rows, lessons)
+                print(f"{key}: {pairs[key]}", flush=True)
     facts = [path / "training.json" for path in args.models]
     result = {
         "command": "python " + " ".join(["benchmarks/transfer_across_models.py", *sys.argv[1:]]),
         "environment": environment(),
         "backbones": [json.loads(path.read_text()) if path.exists() else str(path.parent) for path in facts],
-        "settings": {"test_rows": args.test_rows, "source_steps": args.source_steps, "max_length": args.max_length},
+        "settings": {
+            "test_rows": args.test_rows,
+            "source_steps": args.source_steps,
+            "projector_steps": args.projector_steps,
+            "max_length": args.max_length,
+        },
         "summary": summary(pairs),
         "pairs": pairs,
     }

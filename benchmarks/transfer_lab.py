@@ -18,10 +18,19 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from train_step import SHARED
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 import ptengine
-from ptengine.data import ClassificationTask, EncodedSplit, Template, Verbalizer, load_rows
+from ptengine.backbone.spec import kind_of
+from ptengine.data import (
+    ClassificationTask,
+    EncodedSplit,
+    MaskedClassificationTask,
+    Template,
+    VerbalizedTask,
+    Verbalizer,
+    load_rows,
+)
 from ptengine.prompts.base import Prompt
 from ptengine.training import PromptSet, Trainer, TrainingConfig, TrainingResult, evaluate
 from ptengine.transfer import PromptBank
@@ -33,12 +42,14 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Language:
-    """Attributes: `folder` of the domains, those that are `targets`, the `task` of a row, and the `unrelated` tasks:
-    data set to (label to the experiment's label), rows of other labels left out."""
+    """Attributes: `folder` of the domains, those that are `targets`, the `task` of a row for causal models, the same as
+    a blank to fill in for masked language models, and the `unrelated` tasks: data set to (label to the experiment's
+    label), rows of other labels left out."""
 
     folder: str
     targets: tuple[str, ...]
     task: ClassificationTask
+    masked_task: MaskedClassificationTask
     unrelated: Mapping[str, Mapping[str, str]]
 
 
@@ -47,6 +58,9 @@ LANGUAGES = {
         "fdu_mtl",
         ("music", "health", "apparel", "kitchen"),
         ClassificationTask(Template("{text}\nAnswer:"), Verbalizer({"negative": " bad", "positive": " good"})),
+        MaskedClassificationTask(
+            Template("it was {mask} . {text}"), Verbalizer({"negative": "bad", "positive": "good"})
+        ),
         {
             "subj": {"objective": "negative", "subjective": "positive"},
             "sms_spam": {"spam": "negative", "ham": "positive"},
@@ -57,6 +71,7 @@ LANGUAGES = {
         "online_shopping_zh",
         ("fruit", "shampoo", "computer", "clothes"),
         ClassificationTask(Template("{text}\n回答："), Verbalizer({"negative": "差", "positive": "好"})),
+        MaskedClassificationTask(Template("很{mask}，{text}"), Verbalizer({"negative": "差", "positive": "好"})),
         {
             "thucnews_title": {"finance": "negative", "sports": "positive"},
             "csl_category": {"engineering": "negative", "medicine": "positive"},
@@ -103,7 +118,9 @@ class Lab:
     def open(
         cls, folder: Path, language: str, device: str, cache: Path, data: Path = SHARED / "data", **rest: Any
     ) -> Lab:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
+        masked = kind_of(AutoConfig.from_pretrained(folder).model_type) == "encoder"
+        auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        model = auto.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         return cls(LANGUAGES[language], model, AutoTokenizer.from_pretrained(folder), data, cache, **rest)
 
     def domains(self) -> list[str]:
@@ -133,8 +150,9 @@ class Lab:
         return self.encoded[domain, split]
 
     @property
-    def task(self) -> ClassificationTask:
-        return self.language.task
+    def task(self) -> VerbalizedTask:
+        masked = kind_of(self.model.config.model_type) == "encoder"
+        return self.language.masked_task if masked else self.language.task
 
     def shots(self, target: str, count: int, seed: int) -> Rows:
         drawn = Cleaning(per_label=count, seed=seed)

@@ -4,7 +4,14 @@ Knows nothing of how prompts are trained, of tasks or of data files.
 """
 
 from ptengine.backbone.embedding import embed, text_embeddings
-from ptengine.backbone.encoders import encoder_hidden, masked_lm_loss, sequence_logits, token_logits
+from ptengine.backbone.encoders import (
+    encoder_hidden,
+    masked_lm_logits,
+    masked_lm_loss,
+    masked_lm_losses,
+    sequence_logits,
+    token_logits,
+)
 from ptengine.backbone.generation import generate
 from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, LoweredPrompt, TextDependentTokens, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_padded, pack_rows
@@ -44,7 +51,9 @@ __all__ = [
     "label_hidden",
     "label_log_probs",
     "label_losses",
+    "masked_lm_logits",
     "masked_lm_loss",
+    "masked_lm_losses",
     "pack_padded",
     "pack_rows",
     "packed_loss",

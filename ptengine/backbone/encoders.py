@@ -20,7 +20,14 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import PackedLoss, Prompts, text_hidden
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["encoder_hidden", "masked_lm_loss", "sequence_logits", "token_logits"]
+__all__ = [
+    "encoder_hidden",
+    "masked_lm_logits",
+    "masked_lm_loss",
+    "masked_lm_losses",
+    "sequence_logits",
+    "token_logits",
+]
 
 
 def encoder_hidden(
@@ -123,13 +130,40 @@ def masked_lm_loss(
         InputError: as `token_logits`; or the batch has no label.
         UnsupportedModelError: as `token_logits`.
     """
+    losses, labels = masked_lm_losses(model, lowered, batch, prompt_ids=prompt_ids, label_smoothing=label_smoothing)
+    return PackedLoss(losses.mean(), labels.numel())
+
+
+def masked_lm_losses(
+    model: Any,
+    lowered: Prompts,
+    batch: PackedBatch,
+    *,
+    prompt_ids: Sequence[int] | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """The cross-entropy of every labelled token, fp32 [n], and these labels, int64 [n], in the order of the batch.
+
+    Arguments and errors as of `masked_lm_loss`.
+    """
+    logits, labels = masked_lm_logits(model, lowered, batch, prompt_ids=prompt_ids)
+    return torch.nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none"), labels
+
+
+def masked_lm_logits(
+    model: Any, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Vocabulary logits fp32 [n, V] at the labelled tokens and these labels, int64 [n], in the order of the batch.
+
+    Raises:
+        InputError: as `token_logits`; or the batch has no label.
+        UnsupportedModelError: as `token_logits`.
+    """
     wanted = None if batch.labels is None else (batch.labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
     if batch.labels is None or wanted is None or wanted.numel() == 0:
         raise InputError("expected a batch with at least one labelled token, got none")
     logits = token_logits(model, lowered, batch, tokens=wanted, prompt_ids=prompt_ids).float()  # [n, V]
-    labels = batch.labels[wanted].to(logits.device)  # [n]
-    loss = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    return PackedLoss(loss, labels.numel())
+    return logits, batch.labels[wanted].to(logits.device)
 
 
 def _spec_with_head(model: Any, head: str) -> BackboneSpec:

@@ -182,7 +182,7 @@ def _by_shots(args: argparse.Namespace, measure: str) -> Any:
     bank, task = _bank(args.bank), _task(args)
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer, args.model)
-    model = load_model(args.model, device, args.dtype or "float32")
+    model = load_model(args.model, device, args.dtype or "float32", task)
     return bank.search(
         model=model, tokenizer=tokenizer, measure=measure, task=task, shots=args.shots, max_length=args.max_length,
         truncation=args.truncation,

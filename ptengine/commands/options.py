@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ptengine.data import ClassificationTask
+    from ptengine.data import VerbalizedTask
 
 __all__ = [
     "absolute",
@@ -122,11 +122,14 @@ def read_label_words(text: str) -> dict[str, Any]:
     return words
 
 
-def classification_task(template: str, label_words: str, label_column: str) -> ClassificationTask:
-    """The task of ``--template``, ``--label-words`` and ``--label-column``; errors as `read_label_words`."""
-    from ptengine.data import ClassificationTask, Template, Verbalizer
+def classification_task(template: str, label_words: str, label_column: str) -> VerbalizedTask:
+    """The task of ``--template``, ``--label-words`` and ``--label-column``: with a ``{mask}`` in the template that of a
+    masked language model. Errors as `read_label_words`."""
+    from ptengine.data import ClassificationTask, MaskedClassificationTask, Template, Verbalizer
 
-    return ClassificationTask(Template(unescape(template)), Verbalizer(read_label_words(label_words)), label_column)
+    parsed, verbalizer = Template(unescape(template)), Verbalizer(read_label_words(label_words))
+    make = MaskedClassificationTask if parsed.num_masks else ClassificationTask
+    return make(parsed, verbalizer, label_column)
 
 
 def check_output(output: Path, resume: bool | str) -> None:

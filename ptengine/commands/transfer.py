@@ -61,8 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--test-rows", type=whole(1), metavar="N", help="draw at most this many test rows")
     task = parser.add_argument_group("task")
     task.add_argument(
-        "--template", metavar="TEXT", required=True, help=r"text of a row, such as 'Review: {text}\nIt is'"
-    )
+        "--template", metavar="TEXT", required=True,
+        help=r"text of a row, such as 'Review: {text}\nIt is'; for a masked language model 'It was {mask}. {text}'",
+    )  # fmt: skip
     task.add_argument(
         "--verbalizer", "--label-words", metavar="WORDS", required=True,
         help="label=word pairs, 'positive= good,negative= bad', or a .json file",
@@ -172,7 +173,7 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     sources = _sources(args.source)
     device, dtype = pick_device(args.device), args.dtype or "float32"
-    tokenizer, model = load_tokenizer(args.tokenizer, args.model), load_model(args.model, device, dtype)
+    tokenizer, model = load_tokenizer(args.tokenizer, args.model), load_model(args.model, device, dtype, task)
     result = run_flow(
         model, tokenizer, sources=sources, target=args.target, test=args.test, task=task, source_task=source_task,
         unlabelled=args.unlabelled, bank=bank, settings=settings, training=training,

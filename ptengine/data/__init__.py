@@ -27,7 +27,7 @@ from ptengine.data.metrics import answer_metrics, classification_metrics, entity
 from ptengine.data.question_answering import QuestionAnsweringTask
 from ptengine.data.seq2seq_task import Seq2SeqTask
 from ptengine.data.sources import check_columns, load_rows
-from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task
+from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task, VerbalizedTask
 from ptengine.data.templates import Template
 from ptengine.data.token_tasks import TokenClassificationTask
 from ptengine.data.verbalizers import BoundVerbalizer, Verbalizer
@@ -48,6 +48,7 @@ __all__ = [
     "Task",
     "Template",
     "TokenClassificationTask",
+    "VerbalizedTask",
     "Verbalizer",
     "answer_metrics",
     "check_columns",

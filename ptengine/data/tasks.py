@@ -84,8 +84,9 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class VerbalizedTask:
-    """What the tasks share whose label a model names by one of the label's words."""
+class VerbalizedTask(Task):
+    """What the tasks share whose label a model names by one of the label's words: `ClassificationTask`,
+    `MaskedClassificationTask`."""
 
     template: Template
     verbalizer: Verbalizer

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import masked_lm_loss, sequence_logits, token_logits
-from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
+from ptengine.backbone import masked_lm_logits, masked_lm_loss, sequence_logits
+from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import BoundVerbalizer, EncodedRow, SequenceClassificationTask
 from ptengine.prompts.base import Prompt
@@ -98,11 +98,9 @@ class MaskedObjective(BaseObjective):
         predicted: list[int] = []
         for part in self._batches(rows, batch_size, check):
             batch = self.collate(part)
-            assert batch.labels is not None
-            masks = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]  # [B]
             with self._autocast():
-                logits = token_logits(self._model, lowered, batch, tokens=masks).float()  # [B, V]
-            total += F.cross_entropy(logits, batch.labels[masks], reduction="sum").item()
+                logits, wanted = masked_lm_logits(self._model, lowered, batch)  # [B, V], [B]
+            total += F.cross_entropy(logits, wanted, reduction="sum").item()
             # The row's log normaliser is equal for all words.
             predicted += label_scores(logits[:, words], self._bound).argmax(dim=1).tolist()
         return class_result(total / len(rows), rows, predicted, self._bound.labels)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptengine.backbone import label_losses, seq2seq_losses
+from ptengine.backbone import backbone_spec, label_losses, masked_lm_losses, seq2seq_losses
 from ptengine.backbone.lowering import LoweredPrompt, TextDependentTokens, VirtualTokens
 from ptengine.backbone.packing import join_batches, sources_and_targets
 from ptengine.training.run import Run
@@ -27,7 +27,7 @@ class JointBackward:
     """A `ptengine.training.loop.Backward` in as few forwards as `max_tokens` allows.
 
     Args:
-        model: the patched, frozen model, causal or an encoder-decoder.
+        model: the patched, frozen model: causal, an encoder-decoder or a masked language model.
         device: of the model.
         bf16: run it under bfloat16 autocast.
         label_smoothing: of the training loss.
@@ -43,6 +43,7 @@ class JointBackward:
         self._bf16 = bf16
         self._label_smoothing = label_smoothing
         self._max_tokens = max_tokens
+        self._kind = backbone_spec(model).kind
 
     def __call__(self, steps: Sequence[tuple[Run, list[MicroBatch]]], check: Callable[[], None]) -> list[list[Tensor]]:
         """Micro-batches with the same number, one of each run, together."""
@@ -66,7 +67,7 @@ class JointBackward:
             lowered = run.lower()
             batch = micro_batch.batch
             in_rows = isinstance(lowered, TextDependentTokens)
-            in_rows |= isinstance(lowered, VirtualTokens) and batch.source_lengths is not None
+            in_rows |= isinstance(lowered, VirtualTokens) and self._kind != "causal"
             size = (batch.num_rows if in_rows else 1) * lowered.num_virtual_tokens + batch.num_tokens
             if group and self._max_tokens is not None and taken + size > self._max_tokens:
                 yield group
@@ -82,8 +83,10 @@ class JointBackward:
         prompts = [lowered for _, lowered in group]
         options: dict[str, Any] = {"prompt_ids": ids, "label_smoothing": self._label_smoothing}
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            if batch.source_lengths is None:
+            if self._kind == "causal":
                 losses, _ = label_losses(self._model, prompts, batch, **options)  # [n], in the rows' order
+            elif self._kind == "encoder":
+                losses, _ = masked_lm_losses(self._model, prompts, batch, **options)  # [n]
             else:
                 losses, _ = seq2seq_losses(self._model, prompts, *sources_and_targets(batch), **options)  # [n]
         own = losses.split([micro_batch.num_labels for micro_batch in micro_batches])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ptengine.backbone.lowering import TextDependentTokens
+from ptengine.data import EmbeddingTask, MaskedClassificationTask
 from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory
@@ -259,10 +260,13 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
                 f"all members share, got {type(trainer.task).__name__}"
             )
         placed = getattr(trainer.task, "template", None)
-        if trainer.task.backbone_kind == "encoder" or (placed is not None and not placed.is_behind_prompt):
+        inside = placed is not None and not placed.is_behind_prompt
+        if isinstance(trainer.task, MaskedClassificationTask):  # what its template places stands behind [CLS]
+            inside = trainer.task.template.num_virtual_tokens is not None
+        if isinstance(trainer.task, EmbeddingTask) or inside:  # the loss of an embedding is over pairs of rows
             raise InputError(
-                f"member {index}: expected a task for causal models or encoder-decoders whose virtual tokens stand "
-                f"before the text, which one batch can share, got {type(trainer.task).__name__}"
+                f"member {index}: expected a task with labels whose virtual tokens stand before the text, which one "
+                f"batch can share, got {type(trainer.task).__name__}"
                 + (f" with the template {placed.text!r}" if placed is not None else "")
             )
         if type(trainer.step_loss) is not TaskLoss:  # a subclass may add to it

@@ -5,7 +5,7 @@ Numbers that describe and decide nothing. Knows a prompt, texts and the frozen m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import backbone_spec, pack_rows, packed_loss
+from ptengine.backbone import backbone_spec, masked_lm_loss, pack_rows, packed_loss
 from ptengine.backbone.lowering import LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.backbone.spec import BackboneSpec
@@ -35,6 +35,10 @@ TERMS = 20
 NEAREST = 20
 """Tokens of the vocabulary around every virtual token in which they are looked for."""
 
+PASSES = 7
+"""In which a masked language model reads a text, every seventh token hidden from it: about the share it was trained
+with."""
+
 BATCH = 32
 MAX_TOKENS = 128
 
@@ -42,7 +46,9 @@ MAX_TOKENS = 128
 @dataclass(frozen=True)
 class Adaptivity:
     """Attributes:
-    text_loss: content: what a token of the target's texts costs behind the prompt, in nats; lower fits better.
+    text_loss: content: what a token of the target's texts costs behind the prompt, in nats; lower fits better. Of a
+        masked language model: what it costs where it and every seventh token around it are masked, each token once (a
+        pseudo-log-likelihood, Salazar et al. 2020, arXiv 1910.14659, in seven passes rather than one a token).
     term_coverage: content: the share of the target's domain terms (`domain_terms` against the background) whose first
         token is among the twenty nearest to a virtual token; None for a prefix, without background or without terms.
     num_virtual_tokens: form: P.
@@ -75,23 +81,28 @@ def prompt_adaptivity(
     """The scores of each of `prompts` by name; None is the frozen model alone.
 
     Args:
-        model, tokenizer: the frozen causal backbone.
+        model, tokenizer: the frozen backbone: causal, or a masked language model.
         template: of the target's task.
         texts: of the target, without template; cut to 128 tokens or what fits.
         prompts: name to prompt.
         background: texts of other domains, that domain terms stand out from.
 
     Raises:
-        InputError: no texts, no text of two tokens, a prompt of another backbone or no causal model with a head.
+        InputError: no texts, no text of two tokens, a prompt of another backbone, or no causal model and no masked
+            language model with its head.
     """
     spec = backbone_spec(model)
-    if spec.kind != "causal" or spec.lm_head is None:
-        raise InputError(f"expected a causal model with an LM head to score a prompt's fit, got {type(model).__name__}")
+    if spec.kind == "seq2seq" or spec.lm_head is None:
+        raise InputError(
+            "expected a causal model or a masked language model with its head to score a prompt's fit, got "
+            f"{type(model).__name__}"
+        )
     for prompt in prompts.values():
         check_prompt(prompt, model)
     most = max((prompt.num_virtual_tokens for prompt in prompts.values() if prompt is not None), default=0)
-    room = min(MAX_TOKENS, spec.max_positions - most)
-    lead, _ = special_tokens(tokenizer)
+    lead, tail = special_tokens(tokenizer)
+    frame = _Frame(lead, tail, tokenizer.mask_token_id) if spec.kind == "encoder" else _Frame(lead, [], None)
+    room = min(MAX_TOKENS, spec.max_positions - most) - len(frame.tail)
     rows = [row for row in ((lead + ids)[:room] for ids in token_lists(tokenizer, texts)) if len(row) > 1]
     if not rows:
         raise InputError(f"expected texts of at least two tokens to score a prompt's fit, got {len(texts)} without one")
@@ -104,10 +115,10 @@ def prompt_adaptivity(
             lowered = None if prompt is None else prompt.fold().lower()
             of_template = None
             if len(fixed) > 1:
-                of_template = perplexity(_loss(model, spec, lowered, [fixed]))
+                of_template = perplexity(_loss(model, spec, lowered, [fixed], frame))
             near = _near(spec, lowered) if isinstance(lowered, VirtualTokens) else None
             scores[name] = Adaptivity(
-                text_loss=_loss(model, spec, lowered, rows),
+                text_loss=_loss(model, spec, lowered, rows, frame),
                 term_coverage=None
                 if near is None or not terms
                 else sum(token in near.tokens for token in terms) / len(terms),
@@ -119,13 +130,38 @@ def prompt_adaptivity(
     return scores
 
 
-def _loss(model: Any, spec: BackboneSpec, lowered: LoweredPrompt | None, rows: Sequence[list[int]]) -> float:
-    """Mean over all tokens but each row's first, which not every prompt predicts."""
+@dataclass(frozen=True)
+class _Frame:
+    """What stands around a text, and the mask of a masked language model, or None."""
+
+    lead: list[int]
+    tail: list[int]
+    mask: int | None
+
+    def readings(self, row: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """Input ids of `row` (lead and text) and the labels of one or of every pass."""
+        if self.mask is None:
+            yield row, [IGNORE_INDEX, *row[1:]]  # not every prompt predicts the first token
+            return
+        whole, text = [*row, *self.tail], range(len(self.lead), len(row))
+        for number in range(min(PASSES, len(text))):
+            hidden = set(text[number::PASSES])
+            yield (
+                [self.mask if at in hidden else token for at, token in enumerate(whole)],
+                [token if at in hidden else IGNORE_INDEX for at, token in enumerate(whole)],
+            )
+
+
+def _loss(
+    model: Any, spec: BackboneSpec, lowered: LoweredPrompt | None, rows: Sequence[list[int]], frame: _Frame
+) -> float:
+    """Mean over the rows' tokens."""
+    loss_of = packed_loss if frame.mask is None else masked_lm_loss
+    readings = [reading for row in rows for reading in frame.readings(row)]
     total, count = 0.0, 0
-    for start in range(0, len(rows), BATCH):
-        part = rows[start : start + BATCH]
-        batch = pack_rows(part, labels=[[IGNORE_INDEX, *row[1:]] for row in part])
-        found = packed_loss(model, lowered, batch.to(spec.word_embeddings.weight.device))
+    for start in range(0, len(readings), BATCH):
+        ids, labels = zip(*readings[start : start + BATCH], strict=True)
+        found = loss_of(model, lowered, pack_rows(ids, labels=labels).to(spec.word_embeddings.weight.device))
         total += found.loss.item() * found.num_labels
         count += found.num_labels
     return total / count

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptengine.data import ClassificationTask
+from ptengine.data import VerbalizedTask
 from ptengine.prompts.base import Prompt
 from ptengine.training import evaluate
 
@@ -53,7 +53,7 @@ class Judged:
 def judge(
     model: Any,
     tokenizer: Any,
-    task: ClassificationTask,
+    task: VerbalizedTask,
     rows: Sequence[Mapping[str, Any]],
     prompt: Prompt | None,
     **options: Any,
@@ -78,7 +78,7 @@ def judge(
 
 
 def baselines(
-    rows: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], task: ClassificationTask
+    rows: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], task: VerbalizedTask
 ) -> dict[str, float]:
     """Test accuracy of what needs no language model, trained on `rows`: the most frequent label, and naive Bayes.
 

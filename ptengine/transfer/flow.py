@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
-from ptengine.data import ClassificationTask
+from ptengine.data import VerbalizedTask
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_together
@@ -121,8 +121,8 @@ def run_flow(
     sources: Mapping[str, DataSource],
     target: DataSource,
     test: DataSource | None,
-    task: ClassificationTask,
-    source_task: ClassificationTask | None = None,
+    task: VerbalizedTask,
+    source_task: VerbalizedTask | None = None,
     unlabelled: DataSource | None = None,
     bank: PromptBank | None = None,
     settings: FlowSettings,
@@ -132,7 +132,7 @@ def run_flow(
     """Run every stage, going on with those that `training.output_dir` already holds.
 
     Args:
-        model, tokenizer: the frozen causal backbone.
+        model, tokenizer: the frozen backbone: causal, or a masked language model.
         sources: name to rows; every source gets a prompt of its own. May be empty with a `bank`.
         target: the target's rows.
         test: rows to judge on; None takes those of `target` that are not among the shots.
@@ -210,8 +210,8 @@ def run_flow(
 class _Work:
     model: Any
     tokenizer: Any
-    task: ClassificationTask
-    source_task: ClassificationTask
+    task: VerbalizedTask
+    source_task: VerbalizedTask
     settings: FlowSettings
     training: TrainingConfig
 
@@ -319,7 +319,7 @@ class _Work:
         ).prompt  # fmt: skip
 
 
-def _shuffled(rows: Rows, task: ClassificationTask, seed: int) -> Rows:
+def _shuffled(rows: Rows, task: VerbalizedTask, seed: int) -> Rows:
     labels = [row[task.label_column] for row in rows]
     random.Random(seed).shuffle(labels)
     return [row | {task.label_column: label} for row, label in zip(rows, labels, strict=True)]
@@ -329,7 +329,7 @@ def _joined(sources: Mapping[str, Rows]) -> Rows:
     return [row for rows in sources.values() for row in rows]
 
 
-def described(result: FlowResult, task: ClassificationTask) -> dict[str, Any]:
+def described(result: FlowResult, task: VerbalizedTask) -> dict[str, Any]:
     """Json values of everything the flow found."""
     return {
         "task": task_to_json(task),

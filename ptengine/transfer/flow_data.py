@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptengine.data import ClassificationTask
+from ptengine.data import VerbalizedTask
 from ptengine.errors import InputError
 from ptengine.files import json_bytes
 from ptengine.training.preparation import DataSource
@@ -51,8 +51,8 @@ def prepared(
     target: DataSource,
     test: DataSource | None,
     unlabelled: DataSource | None,
-    task: ClassificationTask,
-    source_task: ClassificationTask,
+    task: VerbalizedTask,
+    source_task: VerbalizedTask,
     cleaning: Cleaning,
     draw_shots: int | None,
     test_rows: int | None,
@@ -61,7 +61,7 @@ def prepared(
     """Clean rows of every file, the test's texts in no other; labels that the task does not know are an error."""
     plain = replace(cleaning, per_label=None, balance="none")
 
-    def cleaned(data: DataSource, of: ClassificationTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
+    def cleaned(data: DataSource, of: VerbalizedTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
         return clean(
             data,
             text_columns=of.template.columns,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptengine.data import ClassificationTask
+from ptengine.data import VerbalizedTask
 from ptengine.transfer.domains import DOMAIN_MEASURES
 from ptengine.transfer.flow import CONTROL, CURVE_ROWS, FlowResult, described
 from ptengine.transfer.guard import SCRATCH, SOURCE, TRANSFERRED
@@ -29,7 +29,7 @@ _ADAPTIVITY = {
 }
 
 
-def flow_report(result: FlowResult, task: ClassificationTask, target: str) -> Report:
+def flow_report(result: FlowResult, task: VerbalizedTask, target: str) -> Report:
     """The report of `result` on the target called `target`."""
     measures = transfer_measures(
         result.test[SCRATCH].correct,
@@ -93,7 +93,7 @@ def _verdict(gain: Interval) -> str:
     return "these rows cannot tell the two apart"
 
 
-def _tables(result: FlowResult, task: ClassificationTask, measures: Mapping[str, Interval]) -> list[Table]:
+def _tables(result: FlowResult, task: VerbalizedTask, measures: Mapping[str, Interval]) -> list[Table]:
     rows: list[list[Any]] = [[name, value, None, None] for name, value in result.baselines.items()]
     rows += [[name, *(judged.metrics[column] for column in _COLUMNS)] for name, judged in result.test.items()]
     kept = result.test[result.transfer.chosen]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import label_hidden
+from ptengine.backbone import label_hidden, masked_lm_logits
 from ptengine.backbone.lowering import GatedTokens, LoweredPrompt, TextDependentTokens, VirtualTokens
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -44,7 +44,7 @@ class TransferLoss:
 
     Args:
         strategy: which terms; its `initialize` is not read.
-        model, tokenizer: the frozen causal backbone.
+        model, tokenizer: the frozen backbone.
         start: the prompt that `Anchor` and `Distill` refer to, and whose length the source rows must fit beside.
         config: of the run; its batch sizes, seed, lengths and precision also hold for the source.
         task: the target's, for `SelfTrain`.
@@ -203,8 +203,11 @@ class _DistillTerm:
     def __init__(
         self, settings: Distill, likeness: float, model: Any, spec: BackboneSpec, start: Prompt, bf16: bool
     ) -> None:
-        if spec.kind != "causal" or spec.lm_head is None:
-            raise InputError(f"expected a causal model with an LM head to distil, got {type(model).__name__}")
+        if spec.kind == "seq2seq" or spec.lm_head is None:
+            raise InputError(
+                "expected a causal model or a masked language model with its head to distil, got "
+                f"{type(model).__name__}"
+            )
         self._settings = settings
         self._weight = settings.weight * likeness
         self._model = model
@@ -229,6 +232,8 @@ class _DistillTerm:
     def _logits(self, lowered: LoweredPrompt, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         device = self._spec.word_embeddings.weight.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
+            if self._spec.kind == "encoder":
+                return masked_lm_logits(self._model, lowered, batch)
             found = label_hidden(self._model, lowered, batch)
             return vocabulary_logits(self._spec, found.hidden).float(), found.labels
 

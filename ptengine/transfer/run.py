@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptengine.data import ClassificationTask, GenerationTask, Task, load_rows
+from ptengine.data import GenerationTask, Task, VerbalizedTask, load_rows
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_json_atomic
 from ptengine.prompts.base import Prompt
@@ -99,8 +99,8 @@ def transfer(
     """Tune a prompt for a target with few rows, starting from what prompts of a bank learned.
 
     Args:
-        model, tokenizer: the frozen causal backbone.
-        task: the target's.
+        model, tokenizer: the frozen backbone: causal, or a masked language model.
+        task: the target's: classification by words (a masked language model's with a ``{mask}``) or generation.
         shots: the target's rows.
         bank: prompts of this backbone; those of others are passed over and named in the result's `search`.
         training: of every run on the target. Its learning rate is that of the transferred prompt (None: the method's
@@ -122,9 +122,10 @@ def transfer(
             rows or bank entries that differ from those of the run to go on with.
     """
     strategy = Strategy() if strategy is None else strategy
-    if not isinstance(task, ClassificationTask | GenerationTask) or task.backbone_kind == "seq2seq":
+    if not isinstance(task, VerbalizedTask | GenerationTask) or task.backbone_kind == "seq2seq":
         raise InputError(
-            f"expected a task with a template, on a causal model, whose prompt can be moved, got {type(task).__name__}"
+            "expected a task with a template, on a causal model or a masked language model, whose prompt can be moved, "
+            f"got {type(task).__name__}"
         )
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(training, name):
@@ -132,7 +133,7 @@ def transfer(
     if eval_data is None and training.eval_strategy not in (None, "no"):
         raise InputError(f"expected eval_data with eval_strategy={training.eval_strategy!r}, got None")
     rows: Rows = [dict(row) for row in load_rows(shots, name="shots").with_format(None)]
-    labels = [str(row.get(task.label_column)) for row in rows] if isinstance(task, ClassificationTask) else None
+    labels = [str(row.get(task.label_column)) for row in rows] if isinstance(task, VerbalizedTask) else None
     parts = [] if guard is None else folds(labels, len(rows), guard.folds, training.seed)
     procedure = Procedure(
         model, tokenizer, task, bank, training, strategy, guard, source_task, source_data, tuple(exclude),

@@ -86,6 +86,20 @@ def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], 
     }  # fmt: skip
 
 
+def test_a_masked_language_model_fills_in_the_label(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = [*command(world, tmp_path), "--model", world.masked, "--verbalizer", "good=fine,bad=poor"]
+    done = call(*arguments, "--template", "{text} it was {mask}", "--distill", "0.5", "--json")
+    assert done.status == 0, done.err
+    assert set(done.json["test"]) == {"frozen model", "scratch", "source", "transferred", "shuffled source"}
+    assert done.json["adaptivity"]["transferred"]["text_loss"] > 0
+    judged = call("eval", "--prompt", tmp_path / "out", "--data", tmp_path / "out/clean/test.jsonl", "--json")
+    assert judged.json["metrics"] == done.json["test"][done.json["kept"]]["metrics"]
+    refused = call(*command(world, tmp_path), "--verbalizer", "good=fine,bad=poor", "--template", "{text} {mask}",
+                   "--output", tmp_path / "new")  # fmt: skip
+    assert (refused.status, (tmp_path / "new").exists()) == (2, False)
+    assert "a template with a {mask} is for encoders" in refused.err
+
+
 @pytest.mark.parametrize(
     ("more", "words"),
     [

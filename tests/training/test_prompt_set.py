@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
 from ptengine.backbone.lowering import VirtualTokens
+from ptengine.data import MaskedClassificationTask, Template, Verbalizer
 from ptengine.errors import TrainingDiverged
-from ptengine.prompts import SoftPrompt
+from ptengine.prompts import LoPAPrompt, SoftPrompt
 from ptengine.training import PromptSet, PromptSetResult, Trainer, TrainingResult
 
 Make = Callable[[Path], Trainer]
@@ -75,6 +77,40 @@ def prefix_members(tiny: ModuleType, model: Any) -> dict[str, Make]:
 
 
 MEMBERS = {"soft": soft_members, "prefix": prefix_members}
+
+
+def masked_members(tiny: ModuleType, model: Any) -> dict[str, Make]:
+    """Soft prompts of several lengths and templates on a masked language model, one of them chosen by the text."""
+    tokens = tiny.tokenizer(special=True)
+
+    def task(template: str) -> MaskedClassificationTask:
+        return MaskedClassificationTask(Template(template), Verbalizer({"neg": ["bad", "poor"], "pos": "good"}))
+
+    return {
+        "plain": lambda folder: tiny.trainer(
+            folder, model, SoftPrompt(model, 4, seed=1), task("{text} it was {mask}"), evaluation=tiny.rows(5, 1),
+            tokens=tokens,
+        ),
+        "longer": lambda folder: tiny.trainer(
+            folder, model, SoftPrompt(model, 9, seed=2), task("very {mask} {text}"), train=tiny.rows(11, 5),
+            per_device_train_batch_size=2, gradient_accumulation_steps=3, seed=3, max_steps=7, tokens=tokens,
+        ),
+        "of the text": lambda folder: tiny.trainer(
+            folder, model, LoPAPrompt(model, 3, rank=2, seed=4), task("{text} {mask}"), seed=5, max_steps=9,
+            tokens=tokens,
+        ),
+    }  # fmt: skip
+
+
+def masked_prefix_members(tiny: ModuleType, model: Any) -> dict[str, Make]:
+    tokens = tiny.tokenizer(special=True)
+    task = MaskedClassificationTask(Template("{text} it was {mask}"), Verbalizer({"neg": "bad", "pos": "good"}))
+    return {
+        str(seed): lambda folder, seed=seed: tiny.trainer(  # type: ignore[misc]
+            folder, model, tiny.prefix(model, seed), task, seed=seed, max_steps=5, tokens=tokens
+        )
+        for seed in (1, 2)
+    }
 
 
 def together(
@@ -152,6 +188,18 @@ def test_members_equal_the_same_prompts_trained_alone(
             )
     assert result.steps == max(member.steps for member in finished(result))
     assert result.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("members", [masked_members, masked_prefix_members])
+def test_members_of_a_masked_language_model_equal_the_same_prompts_trained_alone(
+    tiny: ModuleType, tmp_path: Path, members: Callable[[ModuleType, Any], dict[str, Make]]
+) -> None:
+    makers = members(tiny, tiny.bert(BertForMaskedLM).double())
+    limited = together(makers, tmp_path / "cut", max_tokens_per_batch=64)
+    for name, member, cut in zip(makers, finished(together(makers, tmp_path / "set")), finished(limited), strict=True):
+        alone = makers[name](tmp_path / "alone" / name).fit()
+        assert_same_result(alone, member, 1e-9)
+        assert_same_result(alone, cut, 1e-9)
 
 
 @pytest.mark.parametrize("method", MEMBERS)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertForMaskedLM
 
 from ptengine.data import Template
 from ptengine.errors import InputError
@@ -40,6 +41,27 @@ def test_losses_are_those_of_the_stock_model(tiny: ModuleType, kind: str) -> Non
     assert found["own"].num_virtual_tokens == 4
     assert (found["none"].token_distance, found["none"].num_virtual_tokens) == (None, 0)
     assert found["own"].term_coverage is None  # nothing to stand out from
+
+
+@torch.no_grad()
+def test_a_masked_language_model_reads_a_text_seven_times(tiny: ModuleType) -> None:
+    """Every token is hidden once, with those seven, fourteen, .. tokens from it; the stock model says what it costs."""
+    model, tokens = tiny.bert(BertForMaskedLM).eval(), tiny.tokenizer(special=True)
+    prompt, text = tiny.soft(model, 1), "film song meal room walk talk game film book"
+    ids = tokens(text)["input_ids"]  # [CLS] nine words [SEP]
+    losses = []
+    for first in range(7):
+        hidden = [at for at in range(1, 10) if (at - 1) % 7 == first]
+        seen = torch.tensor([tokens.mask_token_id if at in hidden else token for at, token in enumerate(ids)])
+        row = torch.cat([prompt.embeds, model.get_input_embeddings()(seen)])
+        logits = model(inputs_embeds=row[None]).logits[0, 4:]
+        losses += [F.cross_entropy(logits[at], torch.tensor(ids[at])).item() for at in hidden]
+    assert len(losses) == 9
+    found = prompt_adaptivity(model, tokens, Template("{text} it was {mask}"), [text], {"it": prompt})["it"]
+    assert found.text_loss == pytest.approx(sum(losses) / 9, rel=1e-5)
+    assert found.template_perplexity is not None
+    bare = prompt_adaptivity(model, tokens, Template("{text}{mask}"), [text], {"it": None})["it"]
+    assert bare.template_perplexity is None
 
 
 def test_a_prompt_of_words_is_found_among_them(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

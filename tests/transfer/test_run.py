@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
+from ptengine.data import MaskedClassificationTask, Template, Verbalizer
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
@@ -81,6 +83,38 @@ def test_without_a_guard_there_is_one_run_and_no_decision(world: Any, tmp_path: 
     assert set(result.candidates) == {"transferred", "source"}
     assert not list((tmp_path / "out").glob("fold-*"))
     assert result.runs["transferred"].steps == 4
+
+
+@pytest.mark.parametrize("strategy", [Strategy(distill=Distill(0.5)), Strategy(anchor=Anchor(1.0)), "joint"])
+def test_a_masked_language_model_transfers_as_a_causal_one_does(
+    tiny: ModuleType, tmp_path: Path, strategy: Any
+) -> None:
+    """From a bank to the kept prompt: distilled, anchored, or beside the source."""
+    model, tokens, rows = tiny.bert(BertForMaskedLM), tiny.tokenizer(special=True), tiny.rows(40, 9)
+    task = MaskedClassificationTask(
+        Template("{text} it was {mask}"), Verbalizer({"neg": ["bad", "poor"], "pos": "good"})
+    )
+    bank = PromptBank(tmp_path / "bank")
+    for seed in range(2):
+        bank.add(f"p{seed}", tiny.soft(model, seed), model=model, tokenizer=tokens, task=task, data=tiny.rows(12, seed))
+    shots = [row for label in ("pos", "neg") for row in [r for r in rows if r["label"] == label][:4]]
+    source: dict[str, Any] = {}
+    if strategy == "joint":
+        strategy, source = Strategy(joint=Joint(0.5)), {"source_task": task, "source_data": tiny.rows(12, 1)}
+    result = transfer(
+        model, tokens, task=task, shots=shots, bank=bank, strategy=strategy, guard=Guard(folds=2),
+        training=replace(SETTINGS, output_dir=str(tmp_path / "out")), **source,
+    )  # fmt: skip
+    (name,) = result.selected
+    losses = {match.entry.name: match.score for match in result.search.matches}
+    entries = {entry.name: entry.load(model, tokens) for entry in bank.list()}
+    for its, prompt in entries.items():
+        assert losses[its] == pytest.approx(evaluate(model, prompt, task, shots, tokens).metrics["loss"], rel=1e-6)
+    assert name == min(losses, key=losses.__getitem__)
+    assert result.decision is not None
+    assert set(result.candidates) == {"transferred", "source", "scratch"}
+    assert not torch.equal(result.candidates["transferred"].embeds, entries[name].embeds)
+    assert json.loads((tmp_path / "out" / "transfer.json").read_text())["chosen"] == result.chosen
 
 
 def test_a_killed_transfer_goes_on_to_the_same_numbers(world: Any, tmp_path: Path) -> None:
