@@ -4,7 +4,8 @@
         --json benchmarks/results/transfer_fewshot_en.json
     python benchmarks/transfer_fewshot.py --model PATH --language zh --out ../fewshot_zh --json FILE --minutes 15
 
-Backbones: train_transfer_backbone.py. Source, control and unrelated prompts: transfer_lab.py. For every target, seed
+Backbones: train_transfer_backbone.py (causal, has seen labels of other tasks) and train_masked_backbone.py (has seen no
+label of any). Source, control and unrelated prompts: transfer_lab.py. For every target, seed
 and number of shots per class, on the same shots, batches of 16 rows and constant rates:
 
     scratch       four learning rates, each read after one, two and three times the steps. The configuration is the one
@@ -282,7 +283,9 @@ def show(found: Mapping[str, Any]) -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", choices=tuple(LANGUAGES), required=True)
-    parser.add_argument("--model", type=Path, metavar="PATH", required=True, help="causal checkpoint")
+    parser.add_argument(
+        "--model", type=Path, metavar="PATH", required=True, help="checkpoint of a causal or masked language model"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="prompts and one file a pair")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the merged result; required by --stage merge")
     parser.add_argument("--data", type=Path, default=SHARED / "data")

@@ -1,8 +1,8 @@
 """What the transfer experiments share: domains, tasks, one frozen backbone, and how prompts are tuned and judged on it.
 
 Source prompts lie in banks, one per method and kind: `sources` (tuned on a domain's training rows), `shuffled` (the
-control: the same rows with their labels shuffled) and `unrelated` (another task with the same label words, for the
-guard).
+control: the same rows, validation rows too, with their labels shuffled) and `unrelated` (another task with the same
+label words, for the guard).
 """
 
 from __future__ import annotations
@@ -85,6 +85,13 @@ SOURCE_RATES = (3.0, 1.0)
 """Of source prompts, times the method's own rate; the best on their validation rows counts."""
 
 
+def shuffled(rows: Rows) -> Rows:
+    """The rows with their labels in another order."""
+    labels = [row["label"] for row in rows]
+    random.Random(0).shuffle(labels)
+    return [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+
+
 @dataclass(frozen=True)
 class Fit:
     """One prompt to tune: on `rows` for `steps` at a constant `rate`, evaluated on `held` every `every` steps."""
@@ -143,11 +150,13 @@ class Lab:
     def encode(self, domain: str, split: str, most: int | None = None) -> EncodedSplit:
         """The rows as tokens, read once; `most` of them, a seeded sample."""
         if (domain, split) not in self.encoded:
-            rows = self.sample(domain, split, most)
-            self.encoded[domain, split] = self.task.encode(
-                load_rows(rows), self.tokenizer, max_tokens=self.max_length, truncation=True, source_name=domain
-            )
+            self.encoded[domain, split] = self.encoding(self.sample(domain, split, most), domain)
         return self.encoded[domain, split]
+
+    def encoding(self, rows: Rows, name: str) -> EncodedSplit:
+        return self.task.encode(
+            load_rows(rows), self.tokenizer, max_tokens=self.max_length, truncation=True, source_name=name
+        )
 
     @property
     def task(self) -> VerbalizedTask:
@@ -215,15 +224,13 @@ class Lab:
         missing = [name for name in self.source_names(kind) if name not in there]
         fits, facts = [], []
         for name in missing:
-            rows = self.rows(name, "train")
-            if kind == "shuffled":
-                labels = [row["label"] for row in rows]
-                random.Random(0).shuffle(labels)
-                rows = [row | {"label": label} for row, label in zip(rows, labels, strict=True)]
+            rows, held = self.rows(name, "train"), self.encode(name, "validation", 120)
+            if kind == "shuffled":  # the rows that choose the best step, too: right labels there would teach
+                rows = shuffled(rows)
+                held = self.encoding(shuffled(self.sample(name, "validation", 120)), name)
             for rate in SOURCE_RATES:
                 prompt = self.fresh(method, 0)
                 every = max(self.source_steps // 5, 1)
-                held = self.encode(name, "validation", 120)
                 scaled = prompt.default_learning_rate() * rate
                 fits.append(Fit(prompt, rows, held, self.source_steps, every, scaled, 0, best=True))
                 facts.append((name, rows))
