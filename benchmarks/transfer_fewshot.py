@@ -5,8 +5,8 @@
     python benchmarks/transfer_fewshot.py --model PATH --language zh --out ../fewshot_zh --json FILE --minutes 15
 
 Backbones: train_transfer_backbone.py (causal, has seen labels of other tasks) and train_masked_backbone.py (has seen no
-label of any). Source, control and unrelated prompts: transfer_lab.py. For every target, seed
-and number of shots per class, on the same shots, batches of 16 rows and constant rates:
+label of any). Source, control and unrelated prompts: transfer_lab.py. For every target, seed and number of shots per
+class, on the same shots, batches of 16 rows and constant rates:
 
     scratch       four learning rates, each read after one, two and three times the steps. The configuration is the one
                   with the best mean over all pairs, picked on the test rows: a bound that favours scratch.
@@ -17,6 +17,8 @@ and number of shots per class, on the same shots, batches of 16 rows and constan
     joint         from the selected one, with 0.5 * source loss + 0.5 * target loss: "anchored" in the summary
     anchor        from the selected one, with a penalty on the distance from the start
     shuffled      plain, from the control prompt of the selected source
+    pooled        plain, from one prompt tuned on all other domains' rows together
+    pooled_source_only  that prompt untouched
 
 `guard` runs `ptengine.transfer.transfer` with a guard from prompts of unrelated tasks, 16 shots, and scores what it
 kept and its scratch on the test rows. Beside them stands a bag of words, from the shots and from all rows of the other
@@ -24,7 +26,8 @@ domains. Only scratch's configuration and the oracle are picked on test rows. In
 
 One file a pair lies in --out, so a run that was cut off goes on, and `--shard I/N` of N processes share the folder:
 first `--stage sources` (at most N = 2 per method and bank is of use), when all are done `--stage pairs`, then
-`--stage merge`; without --stage all three follow one another. With `--minutes` a smaller experiment stops in time.
+`--stage pooled` (N = 2) and `--stage merge`; without --stage all four follow one another. With `--minutes` a smaller
+experiment stops in time.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ RATES = (3.0, 1.0, 0.3, 0.1)
 """Of scratch, times the method's own rate."""
 STRATEGIES = {"joint": Strategy(joint=Joint(0.5)), "anchor": Strategy(anchor=Anchor(1.0))}
 SCORES = ("source_only", "plain", *STRATEGIES, "shuffled", "oracle")
+POOLED = ("pooled_source_only", "pooled")
 SHORT = {"shots": [16], "methods": ["soft"], "seeds": 2, "steps": 30, "source_steps": 50, "test_rows": 120,
          "guard_seeds": 1, "max_length": 64}  # fmt: skip
 FULL = {"shots": [16, 32], "methods": ["soft", "deep"], "seeds": 6, "steps": 40, "source_steps": 200, "test_rows": 300,
@@ -138,6 +142,31 @@ def strategies(lab: Lab, key: Key, selected: str, settings: Mapping[str, Any]) -
     return scores
 
 
+def run_pooled(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
+    """Add to every pair of `method` what the prompt of all other domains scores, untouched and tuned on the shots."""
+    lab.make_sources(method, "pooled")
+    untouched = {
+        target: lab.accuracy(lab.source(method, "pooled", target), lab.encode(target, "test", settings["test_rows"]))
+        for target in settings["targets"]
+    }
+    for group in pair_keys(settings, settings["targets"]):
+        keys = [key for key in group if key[0] == method and path_of(out, key).exists()]
+        found = {key: json.loads(path_of(out, key).read_text()) for key in keys}
+        keys = [key for key in keys if POOLED[1] not in found[key]]
+        if not keys or time.monotonic() > deadline:
+            continue
+        fits = []
+        for _, count, target, seed in keys:
+            prompt = start_from(lab.model, lab.source(method, "pooled", target))
+            shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
+            steps = settings["steps"]
+            fits.append(Fit(prompt, shots, test, steps, steps, prompt.default_learning_rate(), seed))
+        for key, result in zip(keys, lab.fit_all(fits), strict=True):
+            scores = dict(zip(POOLED, (untouched[key[2]], result.metrics["accuracy"]), strict=True))
+            write_json_atomic(path_of(out, key), found[key] | scores)
+            print(f"{'/'.join(map(str, key))}: {scores}", flush=True)
+
+
 def run_guard(
     lab: Lab, method: str, target: str, source: str, seed: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -173,12 +202,13 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
     for name in pairs:
         groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
     found: dict[str, Any] = {}
-    columns: dict[str, list[float]] = {name: [] for name in ("scratch", *SCORES)}
+    scored = (*SCORES, *(POOLED if all(POOLED[1] in pair for pair in pairs.values()) else ()))
+    columns: dict[str, list[float]] = {name: [] for name in ("scratch", *scored)}
     for group, names in sorted(groups.items()):
         configurations = pairs[names[0]]["scratch"]
         mean = {of: statistics.mean(pairs[name]["scratch"][of] for name in names) for of in configurations}
         best = max(mean, key=mean.__getitem__)
-        scores = {of: [pairs[name][of] for name in names] for of in SCORES}
+        scores = {of: [pairs[name][of] for name in names] for of in scored}
         scores["scratch"] = [pairs[name]["scratch"][best] for name in names]
         found[group] = {"scratch_configuration": best, **compared(scores)}
         for of, values in scores.items():
@@ -215,7 +245,8 @@ def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
                 of: value.to_json()
                 for of, value in transfer_measures(scratch, scores[name], shuffled=scores["shuffled"]).items()
             }
-            for name in ("source_only", "plain", *STRATEGIES)
+            for name in ("source_only", "plain", *STRATEGIES, *POOLED)
+            if name in scores
         },
         "anchored_over_plain": {
             name: paired_interval([scores[name], scores["plain"]], gain).to_json() for name in STRATEGIES
@@ -291,7 +322,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", type=Path, default=SHARED / "data")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="of N processes, the I-th from 0")
-    parser.add_argument("--stage", choices=("sources", "pairs", "merge"), help="(default all, one after another)")
+    parser.add_argument(
+        "--stage", choices=("sources", "pairs", "pooled", "merge"), help="(default all, one after another)"
+    )
     parser.add_argument("--minutes", type=float, help="stop in time; also a smaller experiment unless set otherwise")
     parser.add_argument("--shots", type=int, nargs="+", help="per class (default 16 32; 16 with --minutes)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default both; soft with --minutes)")
@@ -359,6 +392,9 @@ def main() -> None:
         if index == 0:
             told = {f"{m}-{k}": lab.source_accuracies(m, k) for m in settings["methods"] for k in KINDS}
             write_json_atomic(args.out / "sources.json", told)
+    if args.stage in (None, "pooled"):
+        for method in settings["methods"][index::count]:
+            run_pooled(lab, method, settings, args.out, deadline)
     if args.stage in (None, "merge"):
         facts = args.model / "training.json"
         backbone = json.loads(facts.read_text()) if facts.exists() else str(args.model)

@@ -2,7 +2,7 @@
 
 Source prompts lie in banks, one per method and kind: `sources` (tuned on a domain's training rows), `shuffled` (the
 control: the same rows, validation rows too, with their labels shuffled) and `unrelated` (another task with the same
-label words, for the guard).
+label words, for the guard), and `pooled` (for every target one prompt, tuned on all other domains' rows together).
 """
 
 from __future__ import annotations
@@ -81,6 +81,8 @@ LANGUAGES = {
 }
 METHODS = ("soft", "deep")
 KINDS = ("sources", "shuffled", "unrelated")
+POOLED_STEPS = 1.5
+"""Of a pooled prompt, times those of a source."""
 SOURCE_RATES = (3.0, 1.0)
 """Of source prompts, times the method's own rate; the best on their validation rows counts."""
 
@@ -215,24 +217,34 @@ class Lab:
         return PromptBank(self.cache / f"{method}-{kind}")
 
     def source_names(self, kind: str) -> list[str]:
-        return list(self.language.unrelated) if kind == "unrelated" else self.domains()
+        named = {"unrelated": self.language.unrelated, "pooled": self.language.targets}
+        return list(named.get(kind, self.domains()))
+
+    def lesson(self, kind: str, name: str) -> tuple[Rows, EncodedSplit]:
+        """What a banked prompt is tuned on, and the rows that choose its best step."""
+        if kind == "pooled":
+            others = [domain for domain in self.domains() if domain != name]
+            held = [row for domain in others for row in self.sample(domain, "validation", 30)]
+            return [row for domain in others for row in self.rows(domain, "train")], self.encoding(held, name)
+        rows, held = self.rows(name, "train"), self.sample(name, "validation", 120)
+        if kind == "shuffled":  # also the rows that choose the best step: right labels there would teach
+            rows, held = shuffled(rows), shuffled(held)
+        return rows, self.encoding(held, name)
 
     def make_sources(self, method: str, kind: str) -> None:
         """Tune the bank's missing prompts, all in one batch: every source at each rate."""
         bank = self.bank(method, kind)
         there = {entry.name for entry in bank.list()}
         missing = [name for name in self.source_names(kind) if name not in there]
+        steps = round(self.source_steps * (POOLED_STEPS if kind == "pooled" else 1))
         fits, facts = [], []
         for name in missing:
-            rows, held = self.rows(name, "train"), self.encode(name, "validation", 120)
-            if kind == "shuffled":  # the rows that choose the best step, too: right labels there would teach
-                rows = shuffled(rows)
-                held = self.encoding(shuffled(self.sample(name, "validation", 120)), name)
+            rows, held = self.lesson(kind, name)
             for rate in SOURCE_RATES:
                 prompt = self.fresh(method, 0)
-                every = max(self.source_steps // 5, 1)
+                every = max(steps // 5, 1)
                 scaled = prompt.default_learning_rate() * rate
-                fits.append(Fit(prompt, rows, held, self.source_steps, every, scaled, 0, best=True))
+                fits.append(Fit(prompt, rows, held, steps, every, scaled, 0, best=True))
                 facts.append((name, rows))
         results = self.fit_all(fits) if fits else []
         for name in missing:

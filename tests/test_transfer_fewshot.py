@@ -13,6 +13,7 @@ import train_transfer_backbone as backbones
 import transfer_across_models as across
 import transfer_corpus as corpus
 import transfer_fewshot as experiment
+from transfer_lab import LANGUAGES, Lab
 
 
 def pair(scratch: dict[str, float], plain: float, source_only: float = 0.4, oracle: float = 0.8) -> dict[str, Any]:
@@ -46,6 +47,32 @@ def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
     assert group["selection_share_of_oracle_gain"] == pytest.approx(0.05 / 0.19)
     assert found["all"]["pairs"] == 2
     assert found["guard_on_unrelated_pairs"]["within_1_point_of_scratch"] == pytest.approx(2 / 3)
+
+
+def test_pooled_prompts_count_once_every_pair_has_them() -> None:
+    pairs = {f"soft-16-music-{seed}": pair({"a": 0.5}, 0.7) for seed in range(2)}
+    pairs["soft-16-music-0"] |= {"pooled": 0.6, "pooled_source_only": 0.4}
+    assert "pooled" not in experiment.summary(pairs, {})["all"]["measures"]
+    pairs["soft-16-music-1"] |= {"pooled": 0.8, "pooled_source_only": 0.4}
+    found = experiment.summary(pairs, {})["all"]["measures"]
+    assert found["pooled"]["absolute_gain"]["value"] == pytest.approx(0.2)
+    assert found["pooled_source_only"]["absolute_gain"]["value"] == pytest.approx(-0.1)
+
+
+def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the control's labels are shuffled in both splits, as they are in no other kind."""
+    lab = Lab(LANGUAGES["zh"], None, None, Path(), Path(), 32, 0)
+    rows = [{"text": str(number), "label": "negative" if number < 20 else "positive"} for number in range(40)]
+    monkeypatch.setattr(Lab, "domains", lambda _: ["fruit", "phone", "book"])
+    monkeypatch.setattr(Lab, "rows", lambda _, domain, split: [row | {"from": (domain, split)} for row in rows])
+    monkeypatch.setattr(Lab, "encoding", lambda _, held, name: held)
+    trained, held = lab.lesson("pooled", "fruit")
+    assert {row["from"] for row in trained} == {("phone", "train"), ("book", "train")}
+    assert {row["from"] for row in held} == {("phone", "validation"), ("book", "validation")}  # type: ignore[attr-defined]
+    for kind, is_right in (("sources", True), ("shuffled", False)):
+        for part in lab.lesson(kind, "fruit"):
+            right = [row["label"] == ("negative" if int(row["text"]) < 20 else "positive") for row in part]  # type: ignore[attr-defined]
+            assert all(right) is is_right
 
 
 def test_a_folder_with_runs_of_other_settings_is_refused(tmp_path: Path) -> None:
@@ -111,11 +138,12 @@ def test_joined_rows_keep_their_labels() -> None:
 
 
 def test_a_carried_prompt_must_beat_both() -> None:
-    names = ("no_prompt", "own", *across.CARRY_METHODS, "random")
-    scores = [(0.6, 0.9, 0.7, 0.7, 0.5), (0.6, 0.9, 0.7, 0.5, 0.65), (0.6, 0.9, 0.64, 0.7, 0.65)]
+    names = ("no_prompt", "own", *across.CARRY_METHODS, "random", "projector")
+    scores = [(0.6, 0.9, 0.7, 0.7, 0.5, 0.8), (0.6, 0.9, 0.7, 0.5, 0.65, 0.65), (0.6, 0.9, 0.64, 0.7, 0.65, 0.64)]
     pairs = {str(i): dict(zip(names, row, strict=True)) for i, row in enumerate(scores)}
     found = across.summary(pairs)
     assert found["v2v_lin_beats_no_prompt_and_random"] == pytest.approx(2 / 3)
+    assert found["projector_beats_no_prompt_and_random"] == pytest.approx(1 / 3)
     assert found["accuracy"]["own"] == pytest.approx(0.9)
     like = torch.full((4, 6), 0.25)
     rows = across.random_rows(torch.randn(4, 3), like, seed=0)
