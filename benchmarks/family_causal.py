@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
-from family_numbers import brief, errors_of, judged, refusal_of_unbuilt
+from family_numbers import brief, errors_of, judged, require_finite, without_stock
+from family_sets import auto_class
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import DynamicCache
 
 import ptengine
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, label_hidden, pack_rows, patched
@@ -16,12 +17,12 @@ from ptengine.backbone.step import vocabulary_logits
 from ptengine.errors import UnsupportedModelError
 
 
-def build(model_type: str) -> Any:
+def build(model_type: str, kind: str = "causal") -> Any:
     torch.manual_seed(0)
     config = small_config(model_type)
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True  # encoders with a causal head are bidirectional without
-    model = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    model = auto_class(kind, model_type).from_config(config).float().eval().requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
     if count > MOST_PARAMETERS:
         raise RuntimeError(f"the shrunken model still has {count} parameters")
@@ -62,18 +63,24 @@ def ours(model: Any, prompt: Any, texts: list[list[int]]) -> Tensor:
 
 def check(model_type: str) -> dict[str, Any]:
     """One row of the table."""
-    model: Any = None
     try:
         model = build(model_type)
-        texts = rows()
+    except Exception as error:
+        return {"status": "not built", "reason": brief(error)}
+    return check_model(model)
+
+
+def check_model(model: Any) -> dict[str, Any]:
+    """The row of a causal model, alone or with parts for other things than text."""
+    texts = rows()
+    try:
         generator = torch.Generator().manual_seed(2)
         width = model.get_input_embeddings().weight.shape[1]
         embeds = (0.1 * torch.randn(VIRTUAL, width, generator=generator)).requires_grad_()
         expected = stock_soft(model, embeds, texts)
-        if not expected.isfinite().all():
-            raise RuntimeError("the stock logits of random weights are not finite")
+        require_finite(expected)
     except Exception as error:
-        return {"status": "not built", "reason": brief(error), **refusal_of_unbuilt(model)}
+        return without_stock(model, error)
     try:
         ptengine.patch(model)
     except UnsupportedModelError as error:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
-from family_numbers import brief, errors_of, judged, refusal_of_unbuilt
+from family_numbers import brief, errors_of, judged, require_finite, without_stock
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -153,17 +153,18 @@ def check(model_type: str) -> dict[str, Any]:
 
 
 def _check_head(model_type: str, head: str) -> dict[str, Any]:
-    model = None
     try:
         model = build(model_type, HEADS[head][1])
-        texts = rows()
+    except Exception as error:
+        return {"status": "not built", "reason": brief(error)}
+    texts = rows()
+    try:
         generator = torch.Generator().manual_seed(2)
         width = model.get_input_embeddings().weight.shape[1]
         embeds = (0.1 * torch.randn(VIRTUAL, width, generator=generator)).requires_grad_()
-        if not stock_soft(model, embeds, texts, "hidden").isfinite().all():
-            raise RuntimeError("the stock hidden states of random weights are not finite")
+        require_finite(stock_soft(model, embeds, texts, "hidden"))
     except Exception as error:
-        return {"status": "not built", "reason": brief(error), **refusal_of_unbuilt(model)}
+        return without_stock(model, error)
     try:
         ptengine.patch(model)
     except UnsupportedModelError as error:

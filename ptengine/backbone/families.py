@@ -12,12 +12,14 @@ from typing import Any
 __all__ = [
     "LAYER_KINDS",
     "UNLIMITED",
+    "is_multimodal",
     "layer_kinds",
     "logit_scale",
     "logit_softcap",
     "max_positions",
     "not_shared",
     "refusal",
+    "text_config",
     "window_of",
 ]
 
@@ -45,9 +47,18 @@ def refusal(config: Any) -> str | None:
     """Why a model of this configuration is not served, or None."""
     if getattr(config, "add_cross_attention", False) and not getattr(config, "is_encoder_decoder", False):
         return "it has cross-attention, whose keys are not the prompt's"
-    if getattr(config, "text_config", None) is not None:
-        return "it is a multimodal wrapper; its language model alone (`text_config`) may be served"
     return None
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a configuration has a part for text beside others, for images or sounds."""
+    part = getattr(config, "text_config", None)
+    return part is not None and not isinstance(part, dict) and not getattr(config, "is_encoder_decoder", False)
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of what reads text: the part of a multimodal model, else `config` itself."""
+    return config.text_config if is_multimodal(config) else config
 
 
 def not_shared(config: Any) -> str | None:

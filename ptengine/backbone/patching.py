@@ -83,9 +83,9 @@ def _patch(model: Any) -> Any:
         return _install_seq2seq(model, spec)
     facts, stock = proof.known(model), None
     if facts is None:
-        stock = _stock_rows(model, spec, _implementations(model))
+        stock = _stock_rows(model, spec, _implementations(_reader(model, spec)))
         spec = replace(spec, kind=stock.kind, first_position=stock.first_position or 0)
-        why = families.not_shared(model.config)
+        why = families.not_shared(families.text_config(model.config))
         if why is None:
             try:
                 return _install(model, spec, None, stock)
@@ -102,7 +102,7 @@ def _patch(model: Any) -> Any:
 
 def _install(model: Any, spec: BackboneSpec, facts: proof.Facts | None, stock: StockRows | None) -> Any:
     """Route the attention of `model` through ptengine, and compare with `stock` where that is given."""
-    state = _begin(model, spec, _implementations(model))
+    state = _begin(model, spec, _implementations(_reader(model, spec)))
     try:
         for config, _ in state.implementations:
             config._attn_implementation = IMPLEMENTATION
@@ -332,6 +332,11 @@ def _configs(model: nn.Module) -> list[Any]:
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _reader(model: Any, spec: BackboneSpec) -> Any:
+    """The modules whose attention is routed: of a multimodal model those that read text, which alone see prompts."""
+    return spec.base_model if families.is_multimodal(model.config) else model
 
 
 def _implementations(model: nn.Module) -> list[tuple[Any, str | None]]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -51,7 +52,7 @@ class BackboneSpec:
         max_positions: tokens the position embeddings reach, virtual tokens included.
         vocab_size: rows of the word embeddings.
         word_embeddings: the input embedding module.
-        base_model: the model without its head.
+        base_model: the model without its head; of a multimodal one the part that reads text.
         lm_head: the module from hidden states to vocabulary logits before `logit_scale` and `logit_softcap`, or None.
         logit_scale: factor of the vocabulary logits.
         logit_softcap: c in ``c * tanh(logits / c)`` after it, or None.
@@ -162,10 +163,13 @@ def config_spec(model: Any) -> BackboneSpec:
     if base is model and output is not None:  # where a class names its part without the head wrongly
         parts = (part for part in model.children() if any(module is embeddings for module in part.children()))
         base = next(parts, model)
+    if families.is_multimodal(config):  # the innermost model around the word embeddings reads the text
+        models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
+        base = [part for part in models if any(module is embeddings for module in part.modules())][-1]
     # Decoders taken out of an encoder-decoder keep its configuration, whose num_hidden_layers are the encoder's.
     seq2seq = getattr(config, "is_encoder_decoder", False)
     nested = getattr(config, "decoder", None) if seq2seq else None  # some have a configuration for each part
-    sizes = nested if nested is not None and not isinstance(nested, dict) else config
+    sizes = nested if nested is not None and not isinstance(nested, dict) else families.text_config(config)
     num_layers = _first(
         sizes, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"
     )
@@ -181,7 +185,7 @@ def config_spec(model: Any) -> BackboneSpec:
         num_heads=num_heads,
         num_kv_heads=_first(sizes, "num_key_value_heads") or num_heads,
         head_dim=_first(sizes, "head_dim") or embeddings.embedding_dim // num_heads,
-        max_positions=families.max_positions(config),
+        max_positions=families.max_positions(families.text_config(config)),
         vocab_size=embeddings.num_embeddings,
         word_embeddings=embeddings,
         base_model=base,

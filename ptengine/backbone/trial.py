@@ -113,6 +113,9 @@ def stock_rows(model: object, spec: BackboneSpec) -> StockRows:
         logits = None
         if spec.lm_head is not None and kind == "causal":
             logits = [model(inputs_embeds=row.clone(), use_cache=False).logits[0] for row in rows]  # type: ignore[operator]
+            # Of the whole model: a part of it may add to embeddings what token ids alone tell.
+            by_ids = model(torch.tensor(ids[:1], device=weight.device), use_cache=False).logits  # type: ignore[operator]
+            by_embeds = model(inputs_embeds=words[0][None].clone(), use_cache=False).logits  # type: ignore[operator]
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
     if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
