@@ -84,7 +84,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {"sliding_attention": _LOCAL, "full_attention": _LOCAL},
     },
-    "dbrx": {"attn_config": {"rope_theta": 1e4}, "ffn_config": {"hidden_size": WIDTH}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": WIDTH}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": _LATENT,
     "dots3_note_text": _DOTS3,
@@ -114,7 +114,7 @@ BESIDES: dict[str, dict[str, Any]] = {
         "acoustic_tokenizer_encoder_config": _TOKENIZER, "semantic_tokenizer_encoder_config": _TOKENIZER,
     },
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"layers_block_type": ["linear_attention", "hybrid"]},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip

@@ -107,9 +107,10 @@ def max_positions(config: Any) -> int:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor of the vocabulary logits: Cohere's `logit_scale`, Granite's `logits_scaling` (a divisor)."""
+    """The factor of the vocabulary logits: Cohere's `logit_scale`, Granite's and Inkling's divisors."""
     scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
+    divisors = (getattr(config, name, None) for name in ("logits_scaling", "logits_mup_width_multiplier"))
+    divisor = next((value for value in divisors if value is not None), None)
     return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
 
 

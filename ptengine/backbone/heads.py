@@ -23,12 +23,14 @@ __all__ = [
     "PreparedForward",
     "TappedHead",
     "answering",
+    "before_head",
     "head_output",
     "is_answered",
     "logits_of",
     "pooled",
     "pooling_of",
     "tapped",
+    "ways_to_head",
 ]
 
 Pooling = Literal["module", "first_token"]
@@ -130,6 +132,35 @@ def tapped(positions: Tensor) -> Iterator[list[Tensor]]:
         yield taken
     finally:
         _wanted.reset(token)
+
+
+def before_head(module: nn.Module | None, hidden: Tensor) -> Tensor:
+    """What an LM head reads [n, d'] of last hidden states [n, d], which pass `module` on their way, if any.
+
+    The LM head may be the end of `module` itself, and then has a `TappedHead`.
+    """
+    if module is None:
+        return hidden
+    with tapped(torch.arange(len(hidden), device=hidden.device)) as taken:
+        out: Tensor = module(hidden[None])  # [1, n, d'], or nothing of the logits
+    return taken[0] if taken else out[0]
+
+
+def ways_to_head(model: Any, base: nn.Module, head: nn.Module, hidden: Tensor) -> Iterator[nn.Module]:
+    """Modules outside of `base` that make of last hidden states [n, d] something as wide as what `head` reads.
+
+    `head` has a `TappedHead`.
+    """
+    inside = {model, *base.modules(), *head.modules()}
+    for module in model.modules():
+        if module in inside:
+            continue
+        try:
+            fits = before_head(module, hidden).shape == (len(hidden), head.weight.shape[1])
+        except Exception:  # of modules that read something else
+            continue
+        if fits:
+            yield module
 
 
 def head_output(model: Any, base: nn.Module, pooling: Pooling | None, hidden: Tensor, mask: Tensor) -> Tensor:

@@ -84,7 +84,8 @@ def _patch(model: Any) -> Any:
     facts, stock = proof.known(model), None
     if facts is None:
         stock = _stock_rows(model, spec, _implementations(_reader(model, spec)))
-        spec = replace(spec, kind=stock.kind, first_position=stock.first_position or 0)
+        spec = replace(spec, kind=stock.kind, first_position=stock.first_position or 0, before_head=stock.before_head)
+        spec = spec if stock.logit_scale is None else replace(spec, logit_scale=stock.logit_scale)
         why = families.not_shared(families.text_config(model.config))
         if why is None:
             try:
@@ -240,6 +241,8 @@ def _answer_heads(model: Any, state: _State) -> None:
     base = state.spec.base_model
     if state.spec.kind == "encoder" and model is not base:
         state.handles.append(PreparedForward(base))
+    if state.spec.before_head is not None:
+        state.handles.append(TappedHead(state.spec.lm_head))  # type: ignore[arg-type]
 
 
 def unpatch(model: Any) -> Any:

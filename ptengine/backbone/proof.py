@@ -36,10 +36,11 @@ _NARROW = 4  # window during the comparison: text sees a part of the prompt, the
 
 @dataclass(frozen=True)
 class Facts:
-    """What was measured and proven of one model; no modules, so that it does not keep the model alive.
+    """What was measured and proven of one model, without what would keep the model alive.
 
     Attributes:
         skips_mlp: the last MLP may be narrowed to the rows that are wanted.
+        logit_scale: None where it is as configured.
         others: as in `BackboneSpec`.
     """
 
@@ -57,10 +58,14 @@ class Facts:
     first_position: int = 0
     pooling: Pooling | None = None
     no_head: str | None = None
+    before_head: nn.Module | None = None
+    logit_scale: float | None = None
     skips_mlp: bool = True
 
     def into(self, spec: BackboneSpec) -> BackboneSpec:
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "skips_mlp"}
+        if self.logit_scale is None:
+            del facts["logit_scale"]
         limit = spec.max_positions
         if self.first_position and limit < UNLIMITED:
             limit -= self.first_position
@@ -129,7 +134,10 @@ def measure(spec: BackboneSpec, observed: Sequence[Observed]) -> Facts:
         )
     [(num_heads, (num_kv_heads, head_dim), (_, value_dim))] = shapes
     windowed = tuple(index for index, one in enumerate(observed) if one.window is not None)
-    return Facts(spec.kind, num_heads, num_kv_heads, head_dim, value_dim, windowed, first_position=spec.first_position)
+    return Facts(
+        spec.kind, num_heads, num_kv_heads, head_dim, value_dim, windowed, first_position=spec.first_position,
+        before_head=spec.before_head, logit_scale=spec.logit_scale,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -173,7 +181,7 @@ def compare_in_row(spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
     facts = Facts(
         spec.kind, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim, path="in_row", why_in_row=why,
         no_generation="a prompt that stands in every row is not kept apart" if spec.kind == "causal" else None,
-        no_prefix=why, first_position=spec.first_position,
+        no_prefix=why, first_position=spec.first_position, before_head=spec.before_head, logit_scale=spec.logit_scale,
     )  # fmt: skip
     for pads in (True, False):
         facts = replace(facts, pads=pads)

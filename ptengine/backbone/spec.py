@@ -54,6 +54,7 @@ class BackboneSpec:
         word_embeddings: the input embedding module.
         base_model: the model without its head; of a multimodal one the part that reads text.
         lm_head: the module from hidden states to vocabulary logits before `logit_scale` and `logit_softcap`, or None.
+        before_head: what stands between the last hidden states and `lm_head`, or None; see `ptengine.backbone.heads`.
         logit_scale: factor of the vocabulary logits.
         logit_softcap: c in ``c * tanh(logits / c)`` after it, or None.
         windowed: layers whose attention sees a sliding window.
@@ -82,6 +83,7 @@ class BackboneSpec:
     base_model: nn.Module
     lm_head: nn.Module | None
     value_dim: int = 0
+    before_head: nn.Module | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     windowed: tuple[int, ...] = ()
@@ -108,7 +110,12 @@ def kind_of(model_type: str) -> Literal["causal", "encoder", "seq2seq"]:
 
 def is_proven(config: Any) -> bool:
     """Whether tests hold this family, as configured, to the stock computation."""
-    return config.model_type in SUPPORTED_MODEL_TYPES and families.window_of(config) is None
+    return _is_known(config) and families.window_of(config) is None
+
+
+def _is_known(config: Any) -> bool:
+    kind = SUPPORTED_MODEL_TYPES.get(config.model_type)
+    return kind is not None and not (kind == "encoder" and getattr(config, "is_decoder", False))
 
 
 def backbone_spec(model: Any) -> BackboneSpec:
@@ -140,10 +147,8 @@ def config_spec(model: Any) -> BackboneSpec:
     model_type = getattr(config, "model_type", None)
     if config is None or model_type is None:
         raise UnsupportedModelError(f"expected a transformers model, got {type(model).__name__}")
-    proven = model_type in SUPPORTED_MODEL_TYPES
+    proven = _is_known(config)
     reason = families.refusal(config)
-    if model_type == "bert" and getattr(config, "is_decoder", False):
-        reason = "it is a decoder"
     if proven and getattr(config, "is_encoder_decoder", False):
         reason = "its configuration says that it is an encoder-decoder"
     embeddings = output = None
@@ -175,11 +180,11 @@ def config_spec(model: Any) -> BackboneSpec:
     )
     num_heads = _first(sizes, "num_attention_heads", "n_head", "num_heads", "n_heads")
     if not num_layers:
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported: it has no layers")
+        raise UnsupportedModelError(f"model type {model_type!r} is not supported: its configuration does not say how many layers it has")
     num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,
-        kind="seq2seq" if seq2seq else SUPPORTED_MODEL_TYPES.get(model_type, "causal"),
+        kind="seq2seq" if seq2seq else SUPPORTED_MODEL_TYPES[model_type] if proven else "causal",
         hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
         num_layers=num_layers,
         num_heads=num_heads,
