@@ -9,7 +9,7 @@ from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
 from family_numbers import brief, errors_of, judged, require_finite, without_stock
 from family_sets import auto_class
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig
 
 import ptengine
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, label_hidden, pack_rows, patched
@@ -22,7 +22,10 @@ def build(model_type: str, kind: str = "causal") -> Any:
     config = small_config(model_type)
     if getattr(config, "is_decoder", None) is False and not getattr(config, "is_encoder_decoder", False):
         config.is_decoder = True  # encoders with a causal head are bidirectional without
-    model = auto_class(kind, model_type).from_config(config).float().eval().requires_grad_(False)
+    make = auto_class(kind, model_type).from_config
+    if isinstance(getattr(config, "decoder", None), PreTrainedConfig):  # of a configuration of several parts
+        make, config = auto_class(kind, model_type)._model_mapping[type(config)]._from_config, config.decoder
+    model = make(config).float().eval().requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
     if count > MOST_PARAMETERS:
         raise RuntimeError(f"the shrunken model still has {count} parameters")
@@ -42,14 +45,14 @@ def stock_soft(model: Any, embeds: Tensor, texts: list[list[int]]) -> Tensor:
     return torch.cat(out)
 
 
-def stock_prefix(model: Any, prompt: KeyValuePrefix, texts: list[list[int]]) -> Tensor:
+def stock_prefix(model: Any, prompt: KeyValuePrefix, texts: list[list[int]], first: int) -> Tensor:
     out, size = [], prompt.num_virtual_tokens
     for ids in texts:
         cache = DynamicCache()
         for layer, (k, v) in enumerate(zip(prompt.keys, prompt.values, strict=True)):
             cache.update(k.transpose(0, 1)[None], v.transpose(0, 1)[None], layer)
         logits = model(
-            torch.tensor(ids)[None], past_key_values=cache, position_ids=size + torch.arange(len(ids))[None],
+            torch.tensor(ids)[None], past_key_values=cache, position_ids=first + size + torch.arange(len(ids))[None],
             attention_mask=torch.ones(1, size + len(ids), dtype=torch.int64),
         ).logits[0]  # fmt: skip
         out.append(logits[:-1])
@@ -113,10 +116,10 @@ def check_model(model: Any) -> dict[str, Any]:
     )
     prefix = KeyValuePrefix(keys, values)
     try:
-        stock_prefix(model, prefix, texts)
+        stock_prefix(model, prefix, texts, spec.first_position)
     except Exception as error:
         result["prefix"] = f"not compared: the stock model takes no such cache ({brief(error)})"
     else:
-        pair = (lambda: through_ours(prefix), lambda: stock_prefix(model, prefix, texts))
+        pair = (lambda: through_ours(prefix), lambda: stock_prefix(model, prefix, texts, spec.first_position))
         result["prefix_logits"], result["prefix_gradient"] = errors_of(pair, [keys, values])
     return judged(result)

@@ -172,7 +172,8 @@ def _check_head(model_type: str, head: str) -> dict[str, Any]:
     ptengine.unpatch(model)
     spec = backbone_spec(model)
     if spec.kind != "encoder":
-        return {"status": "not built", "reason": "its tokens do not see each other both ways: see the causal table"}
+        reason = "its tokens do not see what stands behind them; heads other than for words are read in encoders alone"
+        return {"status": "refused", "reason": reason}
     result: dict[str, Any] = {"status": "pass", "prefix": "yes", "head": spec.no_head or "yes"}
     if spec.path == "in_row":
         result |= {"status": "in-row", "reason": spec.why_in_row, "pads": spec.pads}

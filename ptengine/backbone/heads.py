@@ -30,6 +30,7 @@ __all__ = [
     "pooled",
     "pooling_of",
     "tapped",
+    "tapping",
     "ways_to_head",
 ]
 
@@ -104,6 +105,17 @@ class TappedHead:
 
     def remove(self) -> None:
         self.handle.remove()
+
+
+@contextmanager
+def tapping(head: nn.Module | None) -> Iterator[None]:
+    """Inside the block `head`, if any, has a `TappedHead`."""
+    tap = None if head is None else TappedHead(head)
+    try:
+        yield
+    finally:
+        if tap is not None:
+            tap.remove()
 
 
 # The positions among B * T whose hidden states are wanted in this thread, int64 [n], and where to put them.

@@ -228,7 +228,7 @@ def _no_generation(model: Any, spec: BackboneSpec, kept: KeyValuePrefix, stock: 
     if stock.logits is None:
         return None
     try:
-        got = _with_cache(model, kept, stock.ids)  # [B, V]
+        got = _with_cache(model, spec, kept, stock.ids)  # [B, V]
     except Exception as error:
         return f"a trial step with a cache failed ({first_line(error)})"
     expected = torch.stack([result[-1] for result in stock.logits])  # [B, V]
@@ -287,14 +287,14 @@ def _diagnosis(spec: BackboneSpec) -> str:
     return ": it ignores position_ids" if torch.equal(*results) else ""
 
 
-def _with_cache(model: Any, kept: KeyValuePrefix, ids: list[list[int]]) -> Tensor:
+def _with_cache(model: Any, spec: BackboneSpec, kept: KeyValuePrefix, ids: list[list[int]]) -> Tensor:
     """Logits [B, V] of each row's last token, read alone behind a cache of the others: left-padded, as generated."""
     device = kept.keys.device
     longest = max(map(len, ids))
     starts = torch.tensor([longest - len(row) for row in ids], device=device)  # [B]
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)  # [B, T]
     mask = (torch.arange(longest, device=device) >= starts[:, None]).long()  # [B, T]
-    positions = (VIRTUAL + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T]
+    positions = spec.first_position + (VIRTUAL + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T]
     context = PrefixContext(
         keys=tuple(x[None] for x in kept.keys),
         values=tuple(x[None] for x in kept.values),

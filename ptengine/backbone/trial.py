@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ptengine.backbone.heads import TappedHead, before_head, ways_to_head
+from ptengine.backbone import families
+from ptengine.backbone.heads import before_head, tapping, ways_to_head
 from ptengine.backbone.in_row import stock_hidden
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.errors import UnsupportedModelError
@@ -121,6 +122,8 @@ def stock_rows(model: Any, spec: BackboneSpec) -> StockRows:
             # Of the whole model: a part of it may add to embeddings what token ids alone tell.
             by_ids = model(torch.tensor(ids[:1], device=weight.device), use_cache=False).logits
             by_embeds = model(inputs_embeds=words[0][None].clone(), use_cache=False).logits
+        elif families.is_multimodal(model.config):
+            model(torch.tensor(ids[:1], device=weight.device))  # which some cannot without an image
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
     if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
@@ -181,14 +184,11 @@ def _read_head(model: Any, spec: BackboneSpec, hidden: Tensor, logits: Tensor) -
     """
     distances = []
     bound = tolerance(spec, logits.dtype)
-    handle = TappedHead(spec.lm_head)
-    try:
+    with tapping(spec.lm_head):
         for way in _ways(model, spec, hidden):
             distances.append(_distance_of_head(way, hidden, logits))
             if distances[-1] <= bound:
                 return way
-    finally:
-        handle.remove()
     raise refuse(
         spec,
         f"its logits are not those of its LM head over the last hidden states, which differ by {distances[0]:.1e}: "
@@ -197,6 +197,7 @@ def _read_head(model: Any, spec: BackboneSpec, hidden: Tensor, logits: Tensor) -
 
 
 def _ways(model: Any, spec: BackboneSpec, hidden: Tensor) -> Iterator[BackboneSpec]:
+    assert spec.lm_head is not None
     yield spec
     yield replace(spec, logit_scale=1.0)  # of models around one whose own head is scaled
     for module in ways_to_head(model, spec.base_model, spec.lm_head, hidden):
