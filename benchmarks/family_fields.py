@@ -109,7 +109,10 @@ BESIDES: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}, "text_config": {"rope_scaling_layers": []}},
     "muse_glimmer": {"projector_hidden_size": WIDTH, "out_hidden_size": WIDTH},
-    "muse_spark": {"audio_config": {"patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1]}},
+    "muse_spark": {
+        "projector_hidden_size": WIDTH, "text_config": {"moe_hidden_size": WIDTH},
+        "audio_config": {"patch_sizes": [16, 6], "hidden_sizes": [16, 32], "depths": [1, 1]},
+    },
     "nemo_speechlm": {
         "audio_config": {"diarization_config": {"head_config": {"audio_hidden_size": WIDTH}}}, "text_config": _MAMBA,
         "word_timestamp_config": {"blank_token_id": 95},

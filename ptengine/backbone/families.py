@@ -12,6 +12,7 @@ from typing import Any
 __all__ = [
     "LAYER_KINDS",
     "UNLIMITED",
+    "decoder_config",
     "is_multimodal",
     "layer_kinds",
     "logit_scale",
@@ -81,6 +82,12 @@ def _is_window(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def decoder_config(config: Any) -> Any:
+    """The configuration of an encoder-decoder's decoder: a part, or that of all text beside images, or `config`."""
+    part = _declared(config, "decoder", "text_config")
+    return config if part is None or isinstance(part, dict) else part
+
+
 def window_of(config: Any) -> int | None:
     """The sliding window that some layers may have, or None where none can."""
     window = getattr(config, "sliding_window", None)
@@ -107,15 +114,18 @@ def max_positions(config: Any) -> int:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor of the vocabulary logits: Cohere's `logit_scale`, Granite's and Inkling's divisors."""
-    scale = getattr(config, "logit_scale", None)
-    divisors = (getattr(config, name, None) for name in ("logits_scaling", "logits_mup_width_multiplier"))
-    divisor = next((value for value in divisors if value is not None), None)
+    """The factor of the vocabulary logits: Cohere's and Muse's, Granite's and Inkling's divisors."""
+    scale = _declared(config, "logit_scale", "output_multiplier")
+    divisor = _declared(config, "logits_scaling", "logits_mup_width_multiplier")
     return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
 
 
 def logit_softcap(config: Any) -> float | None:
     """c in ``c * tanh(logits / c)``, as in Gemma 2, RecurrentGemma and xLSTM."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    cap = next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
+    cap = _declared(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return None if cap is None else float(cap)
+
+
+def _declared(config: Any, *names: str) -> Any:
+    """The first of some fields that is declared and not None."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -103,8 +104,8 @@ class BackboneSpec:
 
 def kind_of(model_type: str) -> Literal["causal", "encoder", "seq2seq"]:
     """What a model type is for by transformers' own tables; what a model at hand is, `backbone_spec` measures."""
-    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        return "seq2seq"
+    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:  # causal models that read sounds are among them
+        return "seq2seq" if CONFIG_MAPPING[model_type].is_encoder_decoder else "causal"
     return "encoder" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
@@ -169,12 +170,13 @@ def config_spec(model: Any) -> BackboneSpec:
         parts = (part for part in model.children() if any(module is embeddings for module in part.children()))
         base = next(parts, model)
     if families.is_multimodal(config):  # the innermost model around the word embeddings reads the text
-        models = (part for part in model.modules() if isinstance(part, PreTrainedModel))
-        base = [part for part in models if any(module is embeddings for module in part.modules())][-1]
+        models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        around = [part for part in models if any(module is embeddings for module in part.modules())]
+        base, heads = around[-1], (part.get_output_embeddings() for part in around)
+        output = next((head for head in heads if isinstance(head, nn.Module)), None)
     # Decoders taken out of an encoder-decoder keep its configuration, whose num_hidden_layers are the encoder's.
     seq2seq = getattr(config, "is_encoder_decoder", False)
-    nested = getattr(config, "decoder", None) if seq2seq else None  # some have a configuration for each part
-    sizes = nested if nested is not None and not isinstance(nested, dict) else families.text_config(config)
+    sizes = families.decoder_config(config) if seq2seq else families.text_config(config)
     num_layers = _first(
         sizes, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"
     )
