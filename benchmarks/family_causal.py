@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
 from family_numbers import brief, errors_of, judged, require_finite, without_stock
-from family_sets import auto_class
+from family_sets import CAUSAL, auto_class
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ptengine
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, label_hidden, pack_rows, patched
@@ -71,6 +72,14 @@ def check(model_type: str) -> dict[str, Any]:
     except Exception as error:
         return {"status": "not built", "reason": brief(error)}
     return check_model(model)
+
+
+def check_tower(model_type: str) -> dict[str, str]:
+    """Of a type that reads images or sounds, what the language model of its text part comes to alone, if it is one."""
+    config = CONFIG_MAPPING[model_type]().get_text_config()
+    if config.model_type == model_type or config.model_type not in CAUSAL:
+        return {}
+    return {"text part alone": f"{config.model_type}: {check(config.model_type)['status']}"}
 
 
 def check_model(model: Any) -> dict[str, Any]:

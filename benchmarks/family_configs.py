@@ -38,8 +38,8 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r"n_group|topk_group|num_expert_group", 1),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length", 128),
     (r"sliding_window|attention_window_size", WINDOW),
-    # Scores of an indexer with few heads are exactly zero for many tokens, and which of equals are picked depends on the
-    # length of the batch.
+    # Scores of an indexer with few heads are exactly zero for many tokens, and which of equals are picked depends on
+    # the length of the batch.
     (r"index_n_heads", 16),
     (r"index_topk", 6),
     (r"index_head_dim", 16),

@@ -1,6 +1,6 @@
 """Tries every family of the installed transformers against its stock computation, and writes a table.
 
-    python benchmarks/family_matrix.py [--kind causal|encoder|multimodal|seq2seq] [--only llama,mistral] [--again failed]
+    python benchmarks/family_matrix.py [--kind causal|encoder|multimodal|seq2seq] [--only llama,opt] [--again failed]
     python benchmarks/family_matrix.py --summary
 
 Each family is built from a shrunken configuration with random weights, in a process of its own. A soft prompt of six

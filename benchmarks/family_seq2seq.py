@@ -77,6 +77,13 @@ def ours(model: Any, prompt: Any) -> Tensor:
 
 def check(model_type: str, kind: str = "seq2seq") -> dict[str, Any]:
     """One row of the table; transformers has causal models that read sounds among these, too."""
+    row = _check(model_type, kind)
+    if kind == "multimodal" and row["status"] in ("refused", "not built"):
+        row |= family_causal.check_tower(model_type)
+    return row
+
+
+def _check(model_type: str, kind: str) -> dict[str, Any]:
     try:
         model = build(model_type, kind)
     except Exception as error:

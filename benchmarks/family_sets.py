@@ -82,11 +82,16 @@ def summary(rows: dict[str, dict[str, dict[str, Any]]]) -> dict[str, Any]:
                 failed.append(f"{model_type} ({kind})")
             folder = model_type_to_module_name(model_type)
             best[folder] = min([*found, best.get(folder, "not built")], key=_BEST_FIRST.index)
-    towers = rows.get("multimodal", {})
+    multimodal = rows.get("multimodal", {})
+    alone = [row["text part alone"] for row in multimodal.values() if "text part alone" in row]
     return {
         "text families": _counts(text, best),
         "routed text families": _counts({one for one in text if is_routed(one)}, best),
-        "multimodal types": {"tried": len(towers)} | dict(Counter(row["status"] for row in towers.values())),
+        "multimodal types": {
+            "tried": len(multimodal),
+            **Counter(row["status"] for row in multimodal.values()),
+            "served by their text part alone": sum(one.endswith(SERVED) for one in alone),
+        },
         "failed rows": failed,
     }
 

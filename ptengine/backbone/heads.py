@@ -127,6 +127,10 @@ def _tap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if wanted is None:
         return None
     positions, taken = wanted
+    if args[0].dim() != 3:
+        raise UnsupportedModelError(
+            f"its LM head reads hidden states of shape {list(args[0].shape)}, not one of every token [B, T, d]"
+        )
     hidden = args[0].flatten(0, -2)  # [B * T, d]
     taken.append(hidden[positions])  # [n, d]
     return (hidden[None, :0], *args[1:])  # [1, 0, d]

@@ -182,7 +182,9 @@ def config_spec(model: Any) -> BackboneSpec:
     )
     num_heads = _first(sizes, "num_attention_heads", "n_head", "num_heads", "n_heads")
     if not num_layers:
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported: its configuration does not say how many layers it has")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported: its configuration does not say how many layers it has"
+        )
     num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,

@@ -76,8 +76,16 @@ IN_ROW: dict[str, tuple[dict[str, Any], str]] = {
               "decoder_ffn_dim": 64}, "ignores position_ids"),
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "reformer": ({"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "local"],
-                  "attention_head_size": 12, "feed_forward_size": 64}, "no gradient reaches its input embeddings"),
+    "reformer": (
+        {
+            "is_decoder": True,
+            "axial_pos_embds": False,
+            "attn_layers": ["local", "local"],
+            "attention_head_size": 12,
+            "feed_forward_size": 64,
+        },
+        "no gradient reaches its input embeddings",
+    ),
 }
 
 
