@@ -120,10 +120,10 @@ def stock_rows(model: Any, spec: BackboneSpec) -> StockRows:
         if spec.lm_head is not None and kind == "causal":
             logits = [model(inputs_embeds=row.clone(), use_cache=False).logits[0] for row in rows]
             # Of the whole model: a part of it may add to embeddings what token ids alone tell.
-            by_ids = model(torch.tensor(ids[:1], device=weight.device), use_cache=False).logits
+            by_ids = model(input_ids=torch.tensor(ids[:1], device=weight.device), use_cache=False).logits
             by_embeds = model(inputs_embeds=words[0][None].clone(), use_cache=False).logits
         elif families.is_multimodal(model.config):
-            model(torch.tensor(ids[:1], device=weight.device))  # which some cannot without an image
+            model(input_ids=torch.tensor(ids[:1], device=weight.device))  # which some cannot without an image
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
     if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
@@ -138,14 +138,12 @@ def stock_rows(model: Any, spec: BackboneSpec) -> StockRows:
 
 def _require_gradient(spec: BackboneSpec, row: Tensor) -> None:
     """Some families compute what they cannot be asked the gradient of, or that of training mode alone."""
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():
         read = row.clone().requires_grad_()  # [1, P + T, d]
         try:
-            [gradient] = torch.autograd.grad(stock_hidden(spec.base_model, read).square().sum(), [read])
+            torch.autograd.grad(stock_hidden(spec.base_model, read).float().sum(), [read])
         except Exception as error:
             raise refuse(spec, f"no gradient reaches its input embeddings ({first_line(error)})") from error
-    if not bool(gradient[0, :VIRTUAL].isfinite().all()):
-        raise refuse(spec, "the gradient of its input embeddings is not finite")
 
 
 def _kind(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> Literal["causal", "encoder"]:
