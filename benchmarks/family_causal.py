@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import family_encoder
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
 from family_numbers import brief, errors_of, judged, require_finite, without_stock
-from family_sets import CAUSAL, auto_class
+from family_sets import CAUSAL, SEQUENCE, auto_class
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -16,6 +17,8 @@ import ptengine
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, label_hidden, pack_rows, patched
 from ptengine.backbone.step import vocabulary_logits
 from ptengine.errors import UnsupportedModelError
+
+BOTH_WAYS = "its tokens see each other both ways, which no next token may be asked of"
 
 
 def build(model_type: str, kind: str = "causal") -> Any:
@@ -71,7 +74,10 @@ def check(model_type: str) -> dict[str, Any]:
         model = build(model_type)
     except Exception as error:
         return {"status": "not built", "reason": brief(error)}
-    return check_model(model)
+    row = check_model(model)
+    if row.get("reason") == BOTH_WAYS and model_type in SEQUENCE:
+        row["sequence"] = family_encoder.check_head(model_type, "sequence")
+    return row
 
 
 def check_tower(model_type: str) -> dict[str, str]:
@@ -104,7 +110,7 @@ def check_model(model: Any) -> dict[str, Any]:
     if spec.kind != "causal":
         return {
             "status": "refused",
-            "reason": "its tokens see each other both ways, which no next token may be asked of",
+            "reason": BOTH_WAYS,
         }
     result: dict[str, Any] = {"status": "pass", "generation": spec.no_generation or "yes"}
     if spec.path == "in_row":

@@ -146,13 +146,14 @@ def ours(model: Any, prompt: Any, texts: list[list[int]], what: str) -> Tensor:
 
 def check(model_type: str) -> dict[str, Any]:
     """One row of the table: the worst of the heads there are."""
-    results = {head: _check_head(model_type, head) for head, (names, _) in HEADS.items() if model_type in names}
+    results = {head: check_head(model_type, head) for head, (names, _) in HEADS.items() if model_type in names}
     order = ["failed", "pass", "in-row", "refused", "not built"]
     worst = min(results.values(), key=lambda one: order.index(one["status"]))
     return worst if len(results) == 1 else {"status": worst["status"], "reason": worst.get("reason"), **results}
 
 
-def _check_head(model_type: str, head: str) -> dict[str, Any]:
+def check_head(model_type: str, head: str) -> dict[str, Any]:
+    """The row of one head."""
     try:
         model = build(model_type, HEADS[head][1])
     except Exception as error:

@@ -162,7 +162,7 @@ def before_head(module: nn.Module | None, hidden: Tensor) -> Tensor:
     return taken[0] if taken else out[0]
 
 
-def ways_to_head(model: Any, base: nn.Module, head: nn.Module, hidden: Tensor) -> Iterator[nn.Module]:
+def ways_to_head(model: Any, base: nn.Module, head: Any, hidden: Tensor) -> Iterator[nn.Module]:
     """Modules outside of `base` that make of last hidden states [n, d] something as wide as what `head` reads.
 
     `head` has a `TappedHead`.

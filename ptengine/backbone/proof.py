@@ -216,6 +216,11 @@ def read_head(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) ->
         if got.dim() == 3 and distance <= bound:  # a head that reads tokens reads each alone
             part = head_output(model, spec.base_model, facts.pooling, hidden[:, 1::2], mask[:, 1::2])
             distance = distance_of(part, expected[:, 1::2])
+        if got.dim() == 2 and distance <= bound:  # one that reads a row reads its text, wherever that ends
+            behind = torch.nn.functional.pad(mask, (0, 1))  # [1, T + 1]
+            padded = head_output(model, spec.base_model, facts.pooling, hidden[:, [*range(mask.shape[1]), 0]], behind)
+            if not distance_of(padded, expected) <= bound:
+                return replace(facts, no_head="its head reads the end of a row, which may be padding")
     except Exception as error:
         return replace(facts, no_head=f"a trial of its head failed ({first_line(error)})")
     if distance <= bound:
