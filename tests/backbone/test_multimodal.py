@@ -71,7 +71,7 @@ def test_text_equals_stock(family: str) -> None:
 
 @pytest.mark.parametrize("family", SERVED)
 def test_attached_to_text(family: str) -> None:
-    """Stock calls of the whole model see the prompt, also where positions have several axes."""
+    """Stock calls of the whole model see the prompt."""
     model = make(family)
     prompt, ids = SoftPrompt(model, PROMPT), torch.tensor(random_rows(9))
     embeds = torch.cat([prompt.lower().embeds[None], model.get_input_embeddings()(ids)], dim=1)
@@ -94,6 +94,14 @@ def test_an_image_behind_an_attached_prompt() -> None:
         got = model(ids, pixel_values=pixels).logits
     assert relative(got, exact) < 1e-5
     assert relative(blind, exact) > 1e-2
+
+
+def test_positions_of_text_along_several_axes() -> None:
+    """As `generate` gives them: the same along every axis."""
+    model = make("qwen2_vl")
+    ids = torch.tensor(random_rows(6))
+    with SoftPrompt(model, PROMPT).attached(model), torch.no_grad():
+        assert torch.equal(model(ids, position_ids=torch.arange(6).expand(3, 1, 6)).logits, model(ids).logits)
 
 
 def test_positions_of_images_are_refused() -> None:
