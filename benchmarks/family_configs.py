@@ -6,9 +6,11 @@ import re
 from typing import Any
 
 import torch
+from family_fields import BESIDES, FIRST, VOCABULARY, WIDTH, WINDOW
+from transformers import PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-VIRTUAL, LENGTHS, VOCABULARY, WINDOW = 6, (9, 5), 96, 5
+VIRTUAL, LENGTHS = 6, (9, 5)
 MOST_PARAMETERS = 20_000_000
 
 # Shrunken values of the first pattern that a configuration's field matches; fields that match none keep their default.
@@ -16,7 +18,7 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r"vocab_size|n_vocab|padded_vocab_size", VOCABULARY),
     (r"vocab_size_per_layer_input", VOCABULARY),
     (r"hidden_size_per_layer_input", 8),
-    (r"hidden_size|n_embd|d_model|dim|embed_dim|word_embed_proj_dim|embedding_size|model_dim|emb_dim", 64),
+    (r"hidden_size|n_embd|d_model|dim|embed_dim|word_embed_proj_dim|embedding_size|model_dim|emb_dim", WIDTH),
     (r"num_kv_shared_layers|num_nextn_predict_layers|first_k_dense_replace|moe_layer_start_index", 0),
     (r"num_hidden_layers|n_layers?|num_layers|decoder_layers|num_decoder_layers|num_encoder_layers", 2),
     (r"encoder_layers", 1),
@@ -36,45 +38,55 @@ SMALL: tuple[tuple[str, Any], ...] = (
     (r"n_group|topk_group|num_expert_group", 1),
     (r"max_position_embeddings|n_positions|n_ctx|max_seq_len|max_sequence_length", 128),
     (r"sliding_window|attention_window_size", WINDOW),
-    (r"index_n_heads", 2),
+    # Scores of an indexer with few heads are exactly zero for many tokens, and which of equals are picked depends on
+    # the length of the batch.
+    (r"index_n_heads", 16),
+    (r"index_topk", 6),
     (r"index_head_dim", 16),
     (r"initializer_range|init_std", 0.1),
 )
-# What some families need besides: fields without a default, or in units of their own.
-BESIDES: dict[str, dict[str, Any]] = {
-    "esm": {"vocab_size": VOCABULARY, "mask_token_id": 3},
-    "longformer": {"attention_window": [4, 4], "max_position_embeddings": 130},
-    "luke": {"entity_vocab_size": 16, "entity_emb_size": 16},
-    "lilt": {"max_2d_position_embeddings": 64, "hidden_size": 96, "num_attention_heads": 4},
-    "layoutlmv3": {"coordinate_size": 8, "shape_size": 16, "visual_embed": False},
-    "xmod": {"default_language": "en_XX"},
-}
-PARTS = ("text_config", "encoder", "decoder")  # of configurations of several parts, shrunken likewise
+# Of the parts that see or hear, besides: their depth, and the width of what they hand to the text.
+SENSES: tuple[tuple[str, Any], ...] = (
+    (r"depth|adapter_num_layers|num_block|num_blocks", 2),
+    (r"codebook_size|num_embeddings|base_channels|latent_channels|num_filters|upsample_groups", 32),
+    (r"out_hidden_size|adapter_out_dim|projection_dim|output_dim|projector_dim|text_hidden_size|adapter_in_dim", WIDTH),
+    (r"image_size", 56),
+)
+TEXT = ("text_config", "encoder", "decoder")  # names of parts that read text
 
 
 def small_config(model_type: str) -> Any:
     """A configuration of `model_type` for a model of some ten thousand weights."""
     kind = CONFIG_MAPPING[model_type]
-    default = kind()
+    changes = overrides(kind(**FIRST.get(model_type, {})))
     try:
-        config = kind(**overrides(default))
+        config = kind(**merged(changes, BESIDES.get(model_type, {})))
     except Exception:
         # Some fields constrain each other: without those of expert groups and heads' widths more configurations hold.
-        config = kind(**{k: v for k, v in overrides(default).items() if "head_dim" not in k and "rope" not in k})
-    for name, value in BESIDES.get(model_type, {}).items():
-        setattr(config, name, value)
+        changes = {name: value for name, value in changes.items() if "head_dim" not in name and "rope" not in name}
+        config = kind(**merged(changes, BESIDES.get(model_type, {})))
     config.use_cache = True
     return config
 
 
-def overrides(default: Any) -> dict[str, Any]:
+def merged(changes: dict[str, Any], besides: dict[str, Any]) -> dict[str, Any]:
+    """`changes` and `besides`, whose values count where both have one, those of parts field by field."""
+    parts = {
+        name: merged(changes[name], value)
+        for name, value in besides.items()
+        if isinstance(value, dict) and isinstance(changes.get(name), dict)
+    }
+    return changes | besides | parts
+
+
+def overrides(default: Any, fields: tuple[tuple[str, Any], ...] = SMALL) -> dict[str, Any]:
     values = default.to_dict()
     aliases = dict(getattr(default, "attribute_map", {}))
     changes: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     for name, value in values.items():
         if aliases.get(name, name) != name:
             continue
-        found = next((small for pattern, small in SMALL if re.fullmatch(pattern, name)), None)
+        found = next((small for pattern, small in fields if re.fullmatch(pattern, name)), None)
         if found is not None and isinstance(value, int | float) and not isinstance(value, bool):
             changes[name] = found if isinstance(found, float) else int(found)
     heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
@@ -104,10 +116,11 @@ def overrides(default: Any) -> dict[str, Any]:
         if "max_window_layers" in values:
             changes["max_window_layers"] = 1
         changes.pop("layer_types", None)  # made of the two
-    for name in PARTS:
-        part = getattr(default, name, None)
-        if part is not None and hasattr(part, "to_dict"):
-            changes[name] = overrides(part)
+    for name, part in vars(default).items():
+        if isinstance(part, PreTrainedConfig):
+            changes[name] = overrides(part, SMALL if name in TEXT else SMALL + SENSES)
+            if part.model_type in CONFIG_MAPPING:
+                changes[name]["model_type"] = part.model_type
     return changes
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
-from family_numbers import brief, errors_of, judged, refusal_of_unbuilt
+from family_numbers import brief, errors_of, judged, require_finite, without_stock
 from torch import Tensor
 from transformers import (
     AttentionInterface,
@@ -146,24 +146,26 @@ def ours(model: Any, prompt: Any, texts: list[list[int]], what: str) -> Tensor:
 
 def check(model_type: str) -> dict[str, Any]:
     """One row of the table: the worst of the heads there are."""
-    results = {head: _check_head(model_type, head) for head, (names, _) in HEADS.items() if model_type in names}
+    results = {head: check_head(model_type, head) for head, (names, _) in HEADS.items() if model_type in names}
     order = ["failed", "pass", "in-row", "refused", "not built"]
     worst = min(results.values(), key=lambda one: order.index(one["status"]))
     return worst if len(results) == 1 else {"status": worst["status"], "reason": worst.get("reason"), **results}
 
 
-def _check_head(model_type: str, head: str) -> dict[str, Any]:
-    model = None
+def check_head(model_type: str, head: str) -> dict[str, Any]:
+    """The row of one head."""
     try:
         model = build(model_type, HEADS[head][1])
-        texts = rows()
+    except Exception as error:
+        return {"status": "not built", "reason": brief(error)}
+    texts = rows()
+    try:
         generator = torch.Generator().manual_seed(2)
         width = model.get_input_embeddings().weight.shape[1]
         embeds = (0.1 * torch.randn(VIRTUAL, width, generator=generator)).requires_grad_()
-        if not stock_soft(model, embeds, texts, "hidden").isfinite().all():
-            raise RuntimeError("the stock hidden states of random weights are not finite")
+        require_finite(stock_soft(model, embeds, texts, "hidden"))
     except Exception as error:
-        return {"status": "not built", "reason": brief(error), **refusal_of_unbuilt(model)}
+        return without_stock(model, error)
     try:
         ptengine.patch(model)
     except UnsupportedModelError as error:
@@ -171,7 +173,8 @@ def _check_head(model_type: str, head: str) -> dict[str, Any]:
     ptengine.unpatch(model)
     spec = backbone_spec(model)
     if spec.kind != "encoder":
-        return {"status": "not built", "reason": "its tokens do not see each other both ways: see the causal table"}
+        reason = "its tokens do not see what stands behind them; heads other than for words are read in encoders alone"
+        return {"status": "refused", "reason": reason}
     result: dict[str, Any] = {"status": "pass", "prefix": "yes", "head": spec.no_head or "yes"}
     if spec.path == "in_row":
         result |= {"status": "in-row", "reason": spec.why_in_row, "pads": spec.pads}

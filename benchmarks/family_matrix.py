@@ -1,6 +1,7 @@
 """Tries every family of the installed transformers against its stock computation, and writes a table.
 
-    python benchmarks/family_matrix.py [--kind causal|encoder|seq2seq] [--only llama,mistral] [--again failed]
+    python benchmarks/family_matrix.py [--kind causal|encoder|multimodal|seq2seq] [--only llama,opt] [--again failed]
+    python benchmarks/family_matrix.py --summary
 
 Each family is built from a shrunken configuration with random weights, in a process of its own. A soft prompt of six
 virtual tokens and a prefix of keys and values run through ptengine over two texts, longer than the shrunken sliding
@@ -8,8 +9,8 @@ windows, and through the stock model with the prompt placed in each row (a prefi
 plain attention), in fp32. Logits and gradients of the prompt must agree within 1e-4, relative.
 
 Rows are one of: ``pass``; ``in-row``, exact with the model's own attention over stock batches, soft prompts alone;
-``refused``, with the reason ``ptengine.patch`` gave; ``failed``; ``not built``, where no small model could be made of
-the configuration or the stock model itself fails on input embeddings.
+``refused``, with the reason ``ptengine.patch`` gave, also where the stock model itself fails on input embeddings;
+``failed``; ``not built``, where no small model could be made of the configuration.
 Families that are in the table already are skipped, so a run can be cut short and taken up again.
 """
 
@@ -25,6 +26,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,26 +38,17 @@ import family_seq2seq
 import torch
 import transformers
 from family_numbers import BOUND, brief
-from transformers.models.auto import modeling_auto
+from family_sets import KINDS, families, summary
 
 from ptengine.files import write_json_atomic
 
 RESULTS = Path(__file__).parent / "results"
-CAUSAL = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-SEQ2SEQ = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
-MASKED = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-SEQUENCE = modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
-
-CHECKS = {"causal": family_causal.check, "encoder": family_encoder.check, "seq2seq": family_seq2seq.check}
-
-
-def families(kind: str) -> list[str]:
-    """The model types of a kind, by transformers' own tables."""
-    if kind == "causal":
-        return sorted(CAUSAL)
-    if kind == "seq2seq":
-        return sorted(SEQ2SEQ)
-    return sorted(set(MASKED) - set(SEQ2SEQ) | set(SEQUENCE) - set(CAUSAL) - set(SEQ2SEQ))
+CHECKS = {
+    "causal": family_causal.check,
+    "encoder": family_encoder.check,
+    "multimodal": partial(family_seq2seq.check, kind="multimodal"),
+    "seq2seq": family_seq2seq.check,
+}
 
 
 def _child(kind: str, model_type: str, connection: Any) -> None:
@@ -90,14 +83,26 @@ def try_family(kind: str, model_type: str, timeout: float) -> dict[str, Any]:
         process.join()
 
 
+def write_summary() -> int:
+    """Families by what the best of their rows is, over the tables of all kinds."""
+    tables = {kind: RESULTS / f"families_{kind}.json" for kind in KINDS}
+    found = summary({kind: json.loads(path.read_text())["families"] for kind, path in tables.items() if path.exists()})
+    write_json_atomic(RESULTS / "families.json", found)
+    print(json.dumps(found, indent=2))
+    return int(bool(found["failed rows"]))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kind", choices=sorted(CHECKS), default="causal")
+    parser.add_argument("--kind", choices=KINDS, default="causal")
+    parser.add_argument("--summary", action="store_true", help="print and write what the tables there are come to")
     parser.add_argument("--only", help="model types, separated by commas")
     parser.add_argument("--again", default="", help="try rows of these statuses again, separated by commas")
     parser.add_argument("--timeout", type=float, default=120, help="seconds per family")
     parser.add_argument("--out", type=Path, help="default: results/families_KIND.json")
     options = parser.parse_args()
+    if options.summary:
+        return write_summary()
     out = options.out or RESULTS / f"families_{options.kind}.json"
     table: dict[str, Any] = json.loads(out.read_text())["families"] if out.exists() else {}
     again = set(options.again.split(","))

@@ -31,6 +31,11 @@ def errors_of(
     return relative(logits[0], logits[1]), max(relative(a, b) for a, b in zip(*grads, strict=True))
 
 
+def require_finite(numbers: Tensor) -> None:
+    if not numbers.isfinite().all():
+        raise RuntimeError("the stock numbers of random weights are not finite")
+
+
 def brief(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:200] if lines else ''}"
@@ -44,12 +49,10 @@ def judged(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def refusal_of_unbuilt(model: Any) -> dict[str, Any]:
-    """Where a model was built and its stock computation fails: patching must refuse it."""
-    if model is None:
-        return {}
+def without_stock(model: Any, error: Exception) -> dict[str, Any]:
+    """The row of a model whose stock computation fails on input embeddings: patching must refuse it."""
     try:
         ptengine.patch(model)
-    except UnsupportedModelError as error:
-        return {"status": "refused", "reason": str(error)}
-    return {"status": "failed"}
+    except UnsupportedModelError as refusal:
+        return {"status": "refused", "reason": str(refusal)}
+    return {"status": "failed", "reason": f"it was patched, but its stock computation fails: {brief(error)}"}

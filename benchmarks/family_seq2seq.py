@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import family_causal
 import torch
 from family_configs import MOST_PARAMETERS, VIRTUAL, rows, small_config
-from family_numbers import brief, errors_of, judged
+from family_numbers import brief, errors_of, judged, require_finite, without_stock
+from family_sets import auto_class
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, DynamicCache, EncoderDecoderCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 import ptengine
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, pack_rows, patched, seq2seq_logits
 from ptengine.errors import UnsupportedModelError
 
 
-def build(model_type: str) -> Any:
+def build(model_type: str, kind: str = "seq2seq") -> Any:
     torch.manual_seed(0)
     config = small_config(model_type)
     for one in (config, *(getattr(config, name, None) for name in ("encoder", "decoder"))):
@@ -23,7 +25,7 @@ def build(model_type: str) -> Any:
             one.decoder_start_token_id = 0
     if model_type == "encoder-decoder":
         config.decoder.is_decoder = config.decoder.add_cross_attention = True
-    model = AutoModelForSeq2SeqLM.from_config(config).float().eval().requires_grad_(False)
+    model = auto_class(kind, model_type).from_config(config).float().eval().requires_grad_(False)
     count = sum(p.numel() for p in model.parameters())
     if count > MOST_PARAMETERS:
         raise RuntimeError(f"the shrunken model still has {count} parameters")
@@ -73,17 +75,28 @@ def ours(model: Any, prompt: Any) -> Tensor:
         return seq2seq_logits(model, prompt, pack_rows(sources), pack_rows(targets))[0]
 
 
-def check(model_type: str) -> dict[str, Any]:
-    """One row of the table."""
+def check(model_type: str, kind: str = "seq2seq") -> dict[str, Any]:
+    """One row of the table; transformers has causal models that read sounds among these, too."""
+    row = _check(model_type, kind)
+    if kind == "multimodal" and row["status"] in ("refused", "not built"):
+        row |= family_causal.check_tower(model_type)
+    return row
+
+
+def _check(model_type: str, kind: str) -> dict[str, Any]:
     try:
-        model = build(model_type)
+        model = build(model_type, kind)
+    except Exception as error:
+        return {"status": "not built", "reason": brief(error)}
+    if not model.config.is_encoder_decoder:
+        return family_causal.check_model(model)
+    try:
         generator = torch.Generator().manual_seed(2)
         width = model.get_input_embeddings().weight.shape[1]
         embeds = (0.1 * torch.randn(VIRTUAL, width, generator=generator)).requires_grad_()
-        if not stock_soft(model, embeds).isfinite().all():
-            raise RuntimeError("the stock logits of random weights are not finite")
+        require_finite(stock_soft(model, embeds))
     except Exception as error:
-        return {"status": "not built", "reason": brief(error)}
+        return without_stock(model, error)
     try:
         ptengine.patch(model)
     except UnsupportedModelError as error:

@@ -12,12 +12,15 @@ from typing import Any
 __all__ = [
     "LAYER_KINDS",
     "UNLIMITED",
+    "decoder_config",
+    "is_multimodal",
     "layer_kinds",
     "logit_scale",
     "logit_softcap",
     "max_positions",
     "not_shared",
     "refusal",
+    "text_config",
     "window_of",
 ]
 
@@ -45,9 +48,18 @@ def refusal(config: Any) -> str | None:
     """Why a model of this configuration is not served, or None."""
     if getattr(config, "add_cross_attention", False) and not getattr(config, "is_encoder_decoder", False):
         return "it has cross-attention, whose keys are not the prompt's"
-    if getattr(config, "text_config", None) is not None:
-        return "it is a multimodal wrapper; its language model alone (`text_config`) may be served"
     return None
+
+
+def is_multimodal(config: Any) -> bool:
+    """Whether a configuration has a part for text beside others, for images or sounds."""
+    part = getattr(config, "text_config", None)
+    return part is not None and not isinstance(part, dict) and not getattr(config, "is_encoder_decoder", False)
+
+
+def text_config(config: Any) -> Any:
+    """The configuration of what reads text: the part of a multimodal model, else `config` itself."""
+    return config.text_config if is_multimodal(config) else config
 
 
 def not_shared(config: Any) -> str | None:
@@ -68,6 +80,12 @@ def not_shared(config: Any) -> str | None:
 
 def _is_window(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def decoder_config(config: Any) -> Any:
+    """The configuration of an encoder-decoder's decoder: a part, or that of all text beside images, or `config`."""
+    part = _declared(config, "decoder", "text_config")
+    return config if part is None or isinstance(part, dict) else part
 
 
 def window_of(config: Any) -> int | None:
@@ -96,14 +114,18 @@ def max_positions(config: Any) -> int:
 
 
 def logit_scale(config: Any) -> float:
-    """The factor of the vocabulary logits: Cohere's `logit_scale`, Granite's `logits_scaling` (a divisor)."""
-    scale = getattr(config, "logit_scale", None)
-    divisor = getattr(config, "logits_scaling", None)
+    """The factor of the vocabulary logits: Cohere's and Muse's, Granite's and Inkling's divisors."""
+    scale = _declared(config, "logit_scale", "output_multiplier")
+    divisor = _declared(config, "logits_scaling", "logits_mup_width_multiplier")
     return float(1.0 if scale is None else scale) / float(1.0 if divisor is None else divisor)
 
 
 def logit_softcap(config: Any) -> float | None:
     """c in ``c * tanh(logits / c)``, as in Gemma 2, RecurrentGemma and xLSTM."""
-    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-    cap = next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
+    cap = _declared(config, "final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
     return None if cap is None else float(cap)
+
+
+def _declared(config: Any, *names: str) -> Any:
+    """The first of some fields that is declared and not None."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), None)

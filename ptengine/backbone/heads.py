@@ -23,12 +23,15 @@ __all__ = [
     "PreparedForward",
     "TappedHead",
     "answering",
+    "before_head",
     "head_output",
     "is_answered",
     "logits_of",
     "pooled",
     "pooling_of",
     "tapped",
+    "tapping",
+    "ways_to_head",
 ]
 
 Pooling = Literal["module", "first_token"]
@@ -104,6 +107,17 @@ class TappedHead:
         self.handle.remove()
 
 
+@contextmanager
+def tapping(head: nn.Module | None) -> Iterator[None]:
+    """Inside the block `head`, if any, has a `TappedHead`."""
+    tap = None if head is None else TappedHead(head)
+    try:
+        yield
+    finally:
+        if tap is not None:
+            tap.remove()
+
+
 # The positions among B * T whose hidden states are wanted in this thread, int64 [n], and where to put them.
 _wanted: ContextVar[tuple[Tensor, list[Tensor]] | None] = ContextVar("ptengine_head_wanted", default=None)
 
@@ -113,6 +127,10 @@ def _tap(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
     if wanted is None:
         return None
     positions, taken = wanted
+    if args[0].dim() != 3:
+        raise UnsupportedModelError(
+            f"its LM head reads hidden states of shape {list(args[0].shape)}, not one of every token [B, T, d]"
+        )
     hidden = args[0].flatten(0, -2)  # [B * T, d]
     taken.append(hidden[positions])  # [n, d]
     return (hidden[None, :0], *args[1:])  # [1, 0, d]
@@ -130,6 +148,35 @@ def tapped(positions: Tensor) -> Iterator[list[Tensor]]:
         yield taken
     finally:
         _wanted.reset(token)
+
+
+def before_head(module: nn.Module | None, hidden: Tensor) -> Tensor:
+    """What an LM head reads [n, d'] of last hidden states [n, d], which pass `module` on their way, if any.
+
+    The LM head may be the end of `module` itself, and then has a `TappedHead`.
+    """
+    if module is None:
+        return hidden
+    with tapped(torch.arange(len(hidden), device=hidden.device)) as taken:
+        out: Tensor = module(hidden[None])  # [1, n, d'], or nothing of the logits
+    return taken[0] if taken else out[0]
+
+
+def ways_to_head(model: Any, base: nn.Module, head: Any, hidden: Tensor) -> Iterator[nn.Module]:
+    """Modules outside of `base` that make of last hidden states [n, d] something as wide as what `head` reads.
+
+    `head` has a `TappedHead`.
+    """
+    inside = {model, *base.modules(), *head.modules()}
+    for module in model.modules():
+        if module in inside:
+            continue
+        try:
+            fits = before_head(module, hidden).shape == (len(hidden), head.weight.shape[1])
+        except Exception:  # of modules that read something else
+            continue
+        if fits:
+            yield module
 
 
 def head_output(model: Any, base: nn.Module, pooling: Pooling | None, hidden: Tensor, mask: Tensor) -> Tensor:

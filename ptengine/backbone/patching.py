@@ -24,7 +24,7 @@ from ptengine.backbone import families, last_layer, proof, seq2seq_proof
 from ptengine.backbone.activations import fuse_activations
 from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PLACES, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
-from ptengine.backbone.heads import PreparedForward, TappedHead
+from ptengine.backbone.heads import PreparedForward, TappedHead, tapping
 from ptengine.backbone.input_offsets import add_offsets
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
@@ -83,9 +83,10 @@ def _patch(model: Any) -> Any:
         return _install_seq2seq(model, spec)
     facts, stock = proof.known(model), None
     if facts is None:
-        stock = _stock_rows(model, spec, _implementations(model))
-        spec = replace(spec, kind=stock.kind, first_position=stock.first_position or 0)
-        why = families.not_shared(model.config)
+        stock = _stock_rows(model, spec, _implementations(_reader(model, spec)))
+        spec = replace(spec, kind=stock.kind, first_position=stock.first_position or 0, before_head=stock.before_head)
+        spec = spec if stock.logit_scale is None else replace(spec, logit_scale=stock.logit_scale)
+        why = families.not_shared(families.text_config(model.config))
         if why is None:
             try:
                 return _install(model, spec, None, stock)
@@ -93,7 +94,7 @@ def _patch(model: Any) -> Any:
                 raise
             except UnsupportedModelError as error:
                 why = str(error).removeprefix(str(refuse(spec, "")))
-        with _quietly(model, spec):
+        with _quietly(model, spec), tapping(spec.lm_head):
             facts = proof.compare_in_row(spec, stock, why)
     if facts.path == "in_row":
         return _install_in_row(model, spec, facts, stock)
@@ -102,7 +103,7 @@ def _patch(model: Any) -> Any:
 
 def _install(model: Any, spec: BackboneSpec, facts: proof.Facts | None, stock: StockRows | None) -> Any:
     """Route the attention of `model` through ptengine, and compare with `stock` where that is given."""
-    state = _begin(model, spec, _implementations(model))
+    state = _begin(model, spec, _implementations(_reader(model, spec)))
     try:
         for config, _ in state.implementations:
             config._attn_implementation = IMPLEMENTATION
@@ -125,7 +126,7 @@ def _install(model: Any, spec: BackboneSpec, facts: proof.Facts | None, stock: S
                 hint = _left_out(observed, state.implementations)
                 raise (_StockDoubtful if hint else UnsupportedModelError)(f"{error}{hint}") from error
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
-            setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE), spec.word_embeddings))
+            setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE), spec))
     except BaseException:
         unpatch(model)
         raise
@@ -240,6 +241,8 @@ def _answer_heads(model: Any, state: _State) -> None:
     base = state.spec.base_model
     if state.spec.kind == "encoder" and model is not base:
         state.handles.append(PreparedForward(base))
+    if state.spec.before_head is not None:
+        state.handles.append(TappedHead(state.spec.lm_head))  # type: ignore[arg-type]
 
 
 def unpatch(model: Any) -> Any:
@@ -332,6 +335,11 @@ def _configs(model: nn.Module) -> list[Any]:
         id(config): config for module in model.modules() if (config := getattr(module, "config", None)) is not None
     }
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _reader(model: Any, spec: BackboneSpec) -> Any:
+    """The modules whose attention is routed: of a multimodal model those that read text, which alone see prompts."""
+    return spec.base_model if families.is_multimodal(model.config) else model
 
 
 def _implementations(model: nn.Module) -> list[tuple[Any, str | None]]:
@@ -476,7 +484,7 @@ def _link_last_mlp(spec: BackboneSpec, attention: nn.Module) -> list[Any]:
     return []
 
 
-def _wrap_prepare(prepare: Any, word_embeddings: nn.Module) -> Any:
+def _wrap_prepare(prepare: Any, spec: BackboneSpec) -> Any:
     """Add the prefix and the positions behind it to the inputs of every step of `generate`."""
 
     @functools.wraps(prepare)
@@ -492,11 +500,11 @@ def _wrap_prepare(prepare: Any, word_embeddings: nn.Module) -> Any:
         step = (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
         shift = virtual_tokens.repeat_interleave(mask.shape[0] // virtual_tokens.numel())[:, None]  # [B, 1]
         positions = (shift + mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T so far]
-        inputs |= {KEYWORD: context, "position_ids": positions[:, -step:]}
+        inputs |= {KEYWORD: context, "position_ids": positions[:, -step:] + spec.first_position}
         if offsets is not None and context.prompt_ids is not None:
             repeats = mask.shape[0] // context.prompt_ids.numel()  # of every row, by beams and returned sequences
             prompts = context.prompt_ids.long().repeat_interleave(repeats)[:, None]  # [B, 1]
-            embeds = word_embeddings(inputs["input_ids"])  # [B, step, d]
+            embeds = spec.word_embeddings(inputs["input_ids"])  # [B, step, d]
             inputs["inputs_embeds"] = add_offsets(embeds, offsets, prompts, (positions - shift)[:, -step:])
             inputs["input_ids"] = None
         return inputs

@@ -36,10 +36,11 @@ _NARROW = 4  # window during the comparison: text sees a part of the prompt, the
 
 @dataclass(frozen=True)
 class Facts:
-    """What was measured and proven of one model; no modules, so that it does not keep the model alive.
+    """What was measured and proven of one model, without what would keep the model alive.
 
     Attributes:
         skips_mlp: the last MLP may be narrowed to the rows that are wanted.
+        logit_scale: None where it is as configured.
         others: as in `BackboneSpec`.
     """
 
@@ -57,10 +58,14 @@ class Facts:
     first_position: int = 0
     pooling: Pooling | None = None
     no_head: str | None = None
+    before_head: nn.Module | None = None
+    logit_scale: float | None = None
     skips_mlp: bool = True
 
     def into(self, spec: BackboneSpec) -> BackboneSpec:
         facts = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "skips_mlp"}
+        if self.logit_scale is None:
+            del facts["logit_scale"]
         limit = spec.max_positions
         if self.first_position and limit < UNLIMITED:
             limit -= self.first_position
@@ -129,7 +134,10 @@ def measure(spec: BackboneSpec, observed: Sequence[Observed]) -> Facts:
         )
     [(num_heads, (num_kv_heads, head_dim), (_, value_dim))] = shapes
     windowed = tuple(index for index, one in enumerate(observed) if one.window is not None)
-    return Facts(spec.kind, num_heads, num_kv_heads, head_dim, value_dim, windowed, first_position=spec.first_position)
+    return Facts(
+        spec.kind, num_heads, num_kv_heads, head_dim, value_dim, windowed, first_position=spec.first_position,
+        before_head=spec.before_head, logit_scale=spec.logit_scale,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -173,7 +181,7 @@ def compare_in_row(spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
     facts = Facts(
         spec.kind, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim, path="in_row", why_in_row=why,
         no_generation="a prompt that stands in every row is not kept apart" if spec.kind == "causal" else None,
-        no_prefix=why, first_position=spec.first_position,
+        no_prefix=why, first_position=spec.first_position, before_head=spec.before_head, logit_scale=spec.logit_scale,
     )  # fmt: skip
     for pads in (True, False):
         facts = replace(facts, pads=pads)
@@ -208,6 +216,11 @@ def read_head(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) ->
         if got.dim() == 3 and distance <= bound:  # a head that reads tokens reads each alone
             part = head_output(model, spec.base_model, facts.pooling, hidden[:, 1::2], mask[:, 1::2])
             distance = distance_of(part, expected[:, 1::2])
+        if got.dim() == 2 and distance <= bound:  # one that reads a row reads its text, wherever that ends
+            behind = torch.nn.functional.pad(mask, (0, 1))  # [1, T + 1]
+            padded = head_output(model, spec.base_model, facts.pooling, hidden[:, [*range(mask.shape[1]), 0]], behind)
+            if not distance_of(padded, expected) <= bound:
+                return replace(facts, no_head="its head reads the end of a row, which may be padding")
     except Exception as error:
         return replace(facts, no_head=f"a trial of its head failed ({first_line(error)})")
     if distance <= bound:
@@ -220,7 +233,7 @@ def _no_generation(model: Any, spec: BackboneSpec, kept: KeyValuePrefix, stock: 
     if stock.logits is None:
         return None
     try:
-        got = _with_cache(model, kept, stock.ids)  # [B, V]
+        got = _with_cache(model, spec, kept, stock.ids)  # [B, V]
     except Exception as error:
         return f"a trial step with a cache failed ({first_line(error)})"
     expected = torch.stack([result[-1] for result in stock.logits])  # [B, V]
@@ -279,14 +292,14 @@ def _diagnosis(spec: BackboneSpec) -> str:
     return ": it ignores position_ids" if torch.equal(*results) else ""
 
 
-def _with_cache(model: Any, kept: KeyValuePrefix, ids: list[list[int]]) -> Tensor:
+def _with_cache(model: Any, spec: BackboneSpec, kept: KeyValuePrefix, ids: list[list[int]]) -> Tensor:
     """Logits [B, V] of each row's last token, read alone behind a cache of the others: left-padded, as generated."""
     device = kept.keys.device
     longest = max(map(len, ids))
     starts = torch.tensor([longest - len(row) for row in ids], device=device)  # [B]
     tokens = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=device)  # [B, T]
     mask = (torch.arange(longest, device=device) >= starts[:, None]).long()  # [B, T]
-    positions = (VIRTUAL + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T]
+    positions = spec.first_position + (VIRTUAL + mask.cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T]
     context = PrefixContext(
         keys=tuple(x[None] for x in kept.keys),
         values=tuple(x[None] for x in kept.values),

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -51,8 +53,9 @@ class BackboneSpec:
         max_positions: tokens the position embeddings reach, virtual tokens included.
         vocab_size: rows of the word embeddings.
         word_embeddings: the input embedding module.
-        base_model: the model without its head.
+        base_model: the model without its head; of a multimodal one the part that reads text.
         lm_head: the module from hidden states to vocabulary logits before `logit_scale` and `logit_softcap`, or None.
+        before_head: what stands between the last hidden states and `lm_head`, or None; see `ptengine.backbone.heads`.
         logit_scale: factor of the vocabulary logits.
         logit_softcap: c in ``c * tanh(logits / c)`` after it, or None.
         windowed: layers whose attention sees a sliding window.
@@ -81,6 +84,7 @@ class BackboneSpec:
     base_model: nn.Module
     lm_head: nn.Module | None
     value_dim: int = 0
+    before_head: nn.Module | None = None
     logit_scale: float = 1.0
     logit_softcap: float | None = None
     windowed: tuple[int, ...] = ()
@@ -100,14 +104,19 @@ class BackboneSpec:
 
 def kind_of(model_type: str) -> Literal["causal", "encoder", "seq2seq"]:
     """What a model type is for by transformers' own tables; what a model at hand is, `backbone_spec` measures."""
-    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:
-        return "seq2seq"
+    if model_type in MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES:  # causal models that read sounds are among them
+        return "seq2seq" if CONFIG_MAPPING[model_type].is_encoder_decoder else "causal"
     return "encoder" if model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES else "causal"
 
 
 def is_proven(config: Any) -> bool:
     """Whether tests hold this family, as configured, to the stock computation."""
-    return config.model_type in SUPPORTED_MODEL_TYPES and families.window_of(config) is None
+    return _is_known(config) and families.window_of(config) is None
+
+
+def _is_known(config: Any) -> bool:
+    kind = SUPPORTED_MODEL_TYPES.get(config.model_type)
+    return kind is not None and not (kind == "encoder" and getattr(config, "is_decoder", False))
 
 
 def backbone_spec(model: Any) -> BackboneSpec:
@@ -139,10 +148,8 @@ def config_spec(model: Any) -> BackboneSpec:
     model_type = getattr(config, "model_type", None)
     if config is None or model_type is None:
         raise UnsupportedModelError(f"expected a transformers model, got {type(model).__name__}")
-    proven = model_type in SUPPORTED_MODEL_TYPES
+    proven = _is_known(config)
     reason = families.refusal(config)
-    if model_type == "bert" and getattr(config, "is_decoder", False):
-        reason = "it is a decoder"
     if proven and getattr(config, "is_encoder_decoder", False):
         reason = "its configuration says that it is an encoder-decoder"
     embeddings = output = None
@@ -162,26 +169,32 @@ def config_spec(model: Any) -> BackboneSpec:
     if base is model and output is not None:  # where a class names its part without the head wrongly
         parts = (part for part in model.children() if any(module is embeddings for module in part.children()))
         base = next(parts, model)
+    if families.is_multimodal(config):  # the innermost model around the word embeddings reads the text
+        models = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+        around = [part for part in models if any(module is embeddings for module in part.modules())]
+        base, heads = around[-1], (part.get_output_embeddings() for part in around)
+        output = next((head for head in heads if isinstance(head, nn.Module)), None)
     # Decoders taken out of an encoder-decoder keep its configuration, whose num_hidden_layers are the encoder's.
     seq2seq = getattr(config, "is_encoder_decoder", False)
-    nested = getattr(config, "decoder", None) if seq2seq else None  # some have a configuration for each part
-    sizes = nested if nested is not None and not isinstance(nested, dict) else config
+    sizes = families.decoder_config(config) if seq2seq else families.text_config(config)
     num_layers = _first(
         sizes, "num_decoder_layers", "decoder_layers", "num_hidden_layers", "n_layer", "num_layers", "n_layers"
     )
     num_heads = _first(sizes, "num_attention_heads", "n_head", "num_heads", "n_heads")
     if not num_layers:
-        raise UnsupportedModelError(f"model type {model_type!r} is not supported: it has no layers")
+        raise UnsupportedModelError(
+            f"model type {model_type!r} is not supported: its configuration does not say how many layers it has"
+        )
     num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,
-        kind="seq2seq" if seq2seq else SUPPORTED_MODEL_TYPES.get(model_type, "causal"),
+        kind="seq2seq" if seq2seq else SUPPORTED_MODEL_TYPES[model_type] if proven else "causal",
         hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=_first(sizes, "num_key_value_heads") or num_heads,
         head_dim=_first(sizes, "head_dim") or embeddings.embedding_dim // num_heads,
-        max_positions=families.max_positions(config),
+        max_positions=families.max_positions(families.text_config(config)),
         vocab_size=embeddings.num_embeddings,
         word_embeddings=embeddings,
         base_model=base,

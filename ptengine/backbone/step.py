@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
 from ptengine.backbone.gated import GatedPart, check_gated, gated_parts
+from ptengine.backbone.heads import before_head
 from ptengine.backbone.in_row import run_in_row
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
@@ -70,7 +71,7 @@ class PackedLoss:
 @dataclass(frozen=True)
 class LabelHidden:
     """Attributes:
-    hidden: [n, d], after the final norm: what the LM head reads to predict each label.
+    hidden: [n, d], what the LM head's matrix reads to predict each label.
     labels: int64 [n].
     rows: int64 [n], the row of the batch each label stands in.
     """
@@ -174,7 +175,8 @@ def predicting_hidden(
     if predictors.numel() == 0:
         raise InputError("expected a batch with at least one label behind a token or a virtual token, got none")
     hidden = _run(spec, layout, prompts, ids, hidden_rows=torch.unique(predictors))
-    return LabelHidden(hidden[predictors], batch.labels[wanted], layout.row_of_token[wanted])
+    read = before_head(spec.before_head, hidden[predictors])  # [n, d]
+    return LabelHidden(read, batch.labels[wanted], layout.row_of_token[wanted])
 
 
 def text_hidden(
@@ -453,7 +455,7 @@ def _call_base(
 
 
 def vocabulary_logits(spec: BackboneSpec, hidden: Tensor, logit_bias: Tensor | None = None) -> Tensor:
-    """What the stock model makes of last hidden states [n, d]: logits [n, V], `logit_bias` [V] added to its head's."""
+    """What the stock model makes of what its LM head reads, [n, d]: logits [n, V], with `logit_bias` [V] added."""
     head: Any = spec.lm_head
     logits: Tensor = head(hidden)
     if logit_bias is not None:

@@ -44,7 +44,7 @@ def read_batch(call: dict[str, Any], shape: tuple[int, int], past: int, virtual:
     """
     rows, length = shape
     slots = past + length
-    mask, given = call.get("attention_mask"), call.get("position_ids")
+    mask, given = call.get("attention_mask"), _one_axis(call.get("position_ids"))
     if mask is None and given is None:
         _check_room(virtual, slots, max_positions)
         source: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
@@ -96,6 +96,22 @@ def read_batch(call: dict[str, Any], shape: tuple[int, int], past: int, virtual:
     if left or any_empty:
         starts = torch.where(count > 0, first, slots).to(torch.int32)  # [B]
     return StockBatch(kept, positions, starts, bool(right))
+
+
+def _one_axis(positions: Tensor | None) -> Tensor | None:
+    """Positions [B or 1, T] of a text, which models that see images give along several axes: [axes, B or 1, T].
+
+    Raises:
+        InputError: the axes differ, as those of images do.
+    """
+    if positions is None or positions.dim() != 3:
+        return positions
+    if bool((positions != positions[:1]).any()):
+        raise InputError(
+            "expected text alone beside an attached prompt in a model whose positions have several axes, got "
+            "position_ids that differ between them, as those of images do"
+        )
+    return positions[0]
 
 
 def _check_room(virtual: int, text: int, max_positions: int) -> None:

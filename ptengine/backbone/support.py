@@ -94,7 +94,7 @@ def _in_row_reason(spec: BackboneSpec) -> str:
 
 
 def _in_row_layers(model: Any, spec: BackboneSpec) -> tuple[LayerSupport, ...]:
-    kinds = families.layer_kinds(getattr(model, "config", None)) or []
+    kinds = _layer_kinds(model)
     if len(kinds) == spec.num_layers and any(kind not in families.LAYER_KINDS for kind in kinds):
         return tuple(
             LayerSupport(index, "in_row", "attention, but other layers of the model read no shared prefix")
@@ -105,9 +105,14 @@ def _in_row_layers(model: Any, spec: BackboneSpec) -> tuple[LayerSupport, ...]:
     return tuple(LayerSupport(index, "in_row", str(spec.why_in_row)) for index in range(spec.num_layers))
 
 
+def _layer_kinds(model: Any) -> list[str]:
+    config = getattr(model, "config", None)
+    return [] if config is None else families.layer_kinds(families.text_config(config)) or []
+
+
 def _refused_layers(model: Any) -> tuple[LayerSupport, ...]:
     """Which layers stand in the way, where the configuration names the kinds of layers."""
-    kinds = families.layer_kinds(getattr(model, "config", None)) or []
+    kinds = _layer_kinds(model)
     if all(kind in families.LAYER_KINDS for kind in kinds):
         return ()
     return tuple(

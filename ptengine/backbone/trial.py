@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import inspect
 import math
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ptengine.backbone import families
+from ptengine.backbone.heads import before_head, tapping, ways_to_head
 from ptengine.backbone.in_row import stock_hidden
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.errors import UnsupportedModelError
@@ -44,6 +47,7 @@ class StockRows:
         logits: per row [P + T, V] of a causal model with an LM head, else None.
         kind: whether tokens see each other both ways.
         first_position: the position id of a row's first token; None where the model is given none, or none in use.
+        before_head, logit_scale: as in `BackboneSpec`, measured where there are logits.
     """
 
     ids: list[list[int]]
@@ -52,6 +56,8 @@ class StockRows:
     logits: list[Tensor] | None
     kind: Literal["causal", "encoder"]
     first_position: int | None
+    before_head: nn.Module | None = None
+    logit_scale: float | None = None
 
 
 def random_ids(spec: BackboneSpec, generator: torch.Generator) -> list[list[int]]:
@@ -92,7 +98,7 @@ def distance_of(got: Tensor, expected: Tensor) -> float:
 
 
 @torch.no_grad()
-def stock_rows(model: object, spec: BackboneSpec) -> StockRows:
+def stock_rows(model: Any, spec: BackboneSpec) -> StockRows:
     """Run the stock model, in eval mode and with its windows narrowed, on each text behind the prompt.
 
     Raises:
@@ -112,14 +118,32 @@ def stock_rows(model: object, spec: BackboneSpec) -> StockRows:
         kind = _kind(spec, rows[0], hidden[0])
         logits = None
         if spec.lm_head is not None and kind == "causal":
-            logits = [model(inputs_embeds=row.clone(), use_cache=False).logits[0] for row in rows]  # type: ignore[operator]
+            logits = [model(inputs_embeds=row.clone(), use_cache=False).logits[0] for row in rows]
+            # Of the whole model: a part of it may add to embeddings what token ids alone tell.
+            by_ids = model(input_ids=torch.tensor(ids[:1], device=weight.device), use_cache=False).logits
+            by_embeds = model(inputs_embeds=words[0][None].clone(), use_cache=False).logits
+        elif families.is_multimodal(model.config):
+            model(input_ids=torch.tensor(ids[:1], device=weight.device))  # which some cannot without an image
     except Exception as error:
         raise refuse(spec, f"it does not run on input embeddings alone ({first_line(error)})") from error
     if not distance_of(by_embeds, by_ids) <= tolerance(spec, weight.dtype):
         raise refuse(spec, "it does not compute from word embeddings what it computes from their tokens")
-    if logits is not None:
-        _check_head(spec, hidden, logits)
-    return StockRows(ids, embeds, hidden, logits, kind, _first_position(spec, rows[0], hidden[0]))
+    _require_gradient(spec, rows[-1])
+    found = StockRows(ids, embeds, hidden, logits, kind, _first_position(spec, rows[0], hidden[0]))
+    if logits is None:
+        return found
+    read = _read_head(model, spec, torch.cat(hidden), torch.cat(logits))
+    return replace(found, before_head=read.before_head, logit_scale=read.logit_scale)
+
+
+def _require_gradient(spec: BackboneSpec, row: Tensor) -> None:
+    """Some families compute what they cannot be asked the gradient of, or that of training mode alone."""
+    with torch.inference_mode(False), torch.enable_grad():
+        read = row.clone().requires_grad_()  # [1, P + T, d]
+        try:
+            torch.autograd.grad(stock_hidden(spec.base_model, read).float().sum(), [read])
+        except Exception as error:
+            raise refuse(spec, f"no gradient reaches its input embeddings ({first_line(error)})") from error
 
 
 def _kind(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> Literal["causal", "encoder"]:
@@ -150,16 +174,38 @@ def _first_position(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> int | No
     return None
 
 
-def _check_head(spec: BackboneSpec, hidden: list[Tensor], logits: list[Tensor]) -> None:
+def _read_head(model: Any, spec: BackboneSpec, hidden: Tensor, logits: Tensor) -> BackboneSpec:
+    """How logits [n, V] come of last hidden states [n, d]: `spec` with what stands before its LM head and its scale.
+
+    Raises:
+        UnsupportedModelError: in no way that is known.
+    """
+    distances = []
+    bound = tolerance(spec, logits.dtype)
+    with tapping(spec.lm_head):
+        for way in _ways(model, spec, hidden):
+            distances.append(_distance_of_head(way, hidden, logits))
+            if distances[-1] <= bound:
+                return way
+    raise refuse(
+        spec,
+        f"its logits are not those of its LM head over the last hidden states, which differ by {distances[0]:.1e}: "
+        "what stands between them, or a scale, is not known to ptengine",
+    )
+
+
+def _ways(model: Any, spec: BackboneSpec, hidden: Tensor) -> Iterator[BackboneSpec]:
+    assert spec.lm_head is not None
+    yield spec
+    yield replace(spec, logit_scale=1.0)  # of models around one whose own head is scaled
+    for module in ways_to_head(model, spec.base_model, spec.lm_head, hidden):
+        yield replace(spec, before_head=module)
+
+
+def _distance_of_head(spec: BackboneSpec, hidden: Tensor, logits: Tensor) -> float:
     from ptengine.backbone.step import vocabulary_logits
 
     try:
-        distance = distance_of(torch.cat([vocabulary_logits(spec, one) for one in hidden]), torch.cat(logits))
-    except RuntimeError:
-        distance = math.inf
-    if not distance <= tolerance(spec, logits[0].dtype):
-        raise refuse(
-            spec,
-            "its logits are not those of its LM head's matrix over the last hidden states, which differ by "
-            f"{distance:.1e}: it has a head of several layers or a scale ptengine does not know",
-        )
+        return distance_of(vocabulary_logits(spec, before_head(spec.before_head, hidden)), logits)
+    except RuntimeError:  # of widths that do not fit
+        return math.inf

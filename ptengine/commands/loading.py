@@ -142,10 +142,16 @@ def is_seq2seq(path: str | None) -> bool:
 
 
 def _with_lm_head(model_type: str) -> Any:
-    """The class of transformers that loads a model with its language-modelling head."""
-    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+    """The class of transformers that loads a model with its language-modelling head, None where there is none."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
+    from transformers.models.auto import modeling_auto
 
-    return AutoModelForSeq2SeqLM if kind_of(model_type) == "seq2seq" else AutoModelForCausalLM
+    classes = (
+        (modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES, AutoModelForSeq2SeqLM),
+        (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, AutoModelForCausalLM),
+        (modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, AutoModelForImageTextToText),
+    )
+    return next((auto for table, auto in classes if model_type in table), None)
 
 
 def load_for_report(path: str, device: torch.device, dtype: str) -> Any:
@@ -160,7 +166,6 @@ def load_for_report(path: str, device: torch.device, dtype: str) -> Any:
 def _read_config(path: str | None) -> tuple[Path, str]:
     """The folder of the model and its type; what its configuration alone refuses is refused before weights are read."""
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     folder = _model_folder(path)
     try:
@@ -168,7 +173,7 @@ def _read_config(path: str | None) -> tuple[Path, str]:
     except Exception as error:  # as for tokenizers
         raise InputError(f"expected a transformers checkpoint in {str(folder)!r}, got: {_first_line(error)}") from error
     reason = families.refusal(config)
-    if kind_of(config.model_type) == "causal" and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    if kind_of(config.model_type) == "causal" and _with_lm_head(config.model_type) is None:
         reason = "it is no causal language model, no encoder and no encoder-decoder"
     if reason is not None:
         raise UnsupportedModelError(f"model type {config.model_type!r} in {str(folder)!r} is not supported: {reason}")

@@ -234,6 +234,18 @@ def test_inputs() -> None:
             packed_loss(masked, None, batch)
 
 
+def test_a_head_that_reads_the_end_of_a_row_is_refused() -> None:
+    """Regression: XLNet's classes come of the last position, which in a batch of several lengths is padding."""
+    torch.manual_seed(0)
+    sizes = {"d_model": WIDTH, "n_layer": 2, "n_head": 4, "d_inner": 64}
+    common = {name: value for name, value in COMMON.items() if name != "max_position_embeddings"}
+    config = AutoConfig.for_model("xlnet", **(common | sizes))
+    model = AutoModelForSequenceClassification.from_config(config).float().eval().requires_grad_(False)
+    assert "hidden states alone: its head reads the end of a row" in supports(model).reason
+    with patched(model), pytest.raises(UnsupportedModelError, match="reads the end of a row"):
+        sequence_logits(model, soft(model), pack_rows(random_rows(*LENGTHS)))
+
+
 def test_a_head_that_reads_more_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     stock = heads.answering
     monkeypatch.setattr(heads, "answering", lambda base, out: stock(base, type(out)(out.last_hidden_state * 2)))

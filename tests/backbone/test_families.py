@@ -76,7 +76,16 @@ IN_ROW: dict[str, tuple[dict[str, Any], str]] = {
               "decoder_ffn_dim": 64}, "ignores position_ids"),
 }  # fmt: skip
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "electra": ({"is_decoder": True, "embedding_size": WIDTH}, "head of several layers"),
+    "reformer": (
+        {
+            "is_decoder": True,
+            "axial_pos_embds": False,
+            "attn_layers": ["local", "local"],
+            "attention_head_size": 12,
+            "feed_forward_size": 64,
+        },
+        "no gradient reaches its input embeddings",
+    ),
 }
 
 

@@ -13,14 +13,14 @@ from family_matrix import CHECKS
 SAMPLE = {
     "causal": {
         "llama": "pass", "gpt2": "pass", "mistral": "pass", "qwen2": "pass", "gemma3_text": "pass", "opt": "pass",
-        "mixtral": "pass", "deepseek_v3": "pass", "bloom": "in-row", "gptj": "in-row", "mamba": "in-row",
-        "fuyu": "refused",
+        "mixtral": "pass", "deepseek_v3": "pass", "bloom": "in-row", "mamba": "in-row", "cpmant": "refused",
     },
     "encoder": {
         "bert": "pass", "roberta": "pass", "albert": "pass", "distilbert": "pass", "modernbert": "pass",
         "deberta-v2": "in-row", "mpnet": "in-row", "convbert": "in-row",
     },
-    "seq2seq": {"t5": "pass", "bart": "pass", "mbart": "pass", "longt5": "in-row", "prophetnet": "refused"},
+    "multimodal": {"gemma3": "pass", "qwen2_vl": "pass"},
+    "seq2seq": {"t5": "pass", "bart": "pass", "longt5": "in-row", "prophetnet": "refused"},
 }  # fmt: skip
 
 

@@ -225,7 +225,7 @@ UNSUPPORTED = {
         GPT2Config(vocab_size=50, n_positions=8, n_embd=16, n_layer=1, n_head=2, add_cross_attention=True,
                    bos_token_id=0, eos_token_id=1)
     ),
-    "bert": lambda: BertLMHeadModel(config("bert", is_decoder=True)),
+    "bert": lambda: BertLMHeadModel(config("bert", is_decoder=True, add_cross_attention=True)),
 }  # fmt: skip
 
 
