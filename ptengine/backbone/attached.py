@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptengine.backbone.attached_pairs import PairHooks
 from ptengine.backbone.attached_rows import StockContext, in_row, padded_left, text_part, with_offsets
 from ptengine.backbone.attention import KEYWORD
+from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
@@ -81,7 +82,8 @@ class _Attachment:
         if not learns:  # lowering may hand out the parameters themselves
             lowered = detached(lowered)
         if isinstance(lowered, VirtualTokens) and spec.kind == "causal":
-            lowered = capture_prefix(self.host.model, lowered)
+            with _all_layers(self.host.base, spec.num_layers):
+                lowered = capture_prefix(self.host.model, lowered)
         return lowered
 
 
@@ -194,7 +196,8 @@ class _Host:
         if isinstance(lowered, VirtualTokens):
             return (), in_row(call, batch, lowered, spec)
         call["position_ids"] = batch.positions + spec.first_position
-        context = _context(spec, lowered, batch)
+        key_slots = past + shape[1] if is_static(call.get("past_key_values")) else None
+        context = replace(_context(spec, lowered, batch), key_slots=key_slots)
         if spec.kind == "encoder":
             call, context = padded_left(call, batch, context)
         return (), call | {KEYWORD: context, "attention_mask": no_mask(batch.positions.device)}
@@ -238,14 +241,8 @@ class _Host:
         """The slots that are filled already, by a call that saw the same prompt."""
         if cache is None:
             return 0
-        if getattr(cache, "is_compileable", False) or not hasattr(cache, "get_seq_length"):
-            raise InputError(f"expected a dynamic cache beside an attached prompt, got {type(cache).__name__}")
-        if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
-            raise InputError(
-                "expected a cache that keeps all tokens beside an attached prompt, got one that drops what has left a "
-                "sliding window: give past_key_values=DynamicCache() or use_cache=False"
-            )
-        past = int(cache.get_seq_length())
+        keep_all_tokens(cache)
+        past = filled_slots(cache)
         if not past:
             setattr(cache, _CACHE_OWNER, weakref.ref(attachment.prompt))
         owner = getattr(cache, _CACHE_OWNER, None)
@@ -257,7 +254,7 @@ class _Host:
         return past
 
     def _wrap_prepare(self, prepare: Any) -> Any:
-        """Refuse a batch that `generate` would continue behind its padding, before any work."""
+        """Refuse a batch that `generate` would continue behind its padding, before any work; hand masks on as given."""
 
         @functools.wraps(prepare)
         def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -269,6 +266,8 @@ class _Host:
                         f"input {int(ends.nonzero()[0])}: expected padding on the left to generate, got it on the right"
                     )
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+            if is_static(inputs.get("past_key_values")):  # for which the stock model has made masks of all its slots
+                inputs["attention_mask"] = mask
             return inputs
 
         return wrapped
@@ -399,6 +398,21 @@ def attached(model: Any, prompt: nn.Module, *, freeze: bool = True) -> Iterator[
             if not host.attachments:
                 del _hosts[base]
                 host.remove()
+
+
+@contextmanager
+def _all_layers(base: Any, num_layers: int) -> Iterator[None]:
+    """Inside the block the model runs all of its layers, in the midst of an assistant's early exit, too."""
+    config = base.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", num_layers)
+    if layers == num_layers:
+        yield
+        return
+    config.num_hidden_layers = num_layers
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers
 
 
 def _context(spec: BackboneSpec, lowered: KeyValuePrefix | GatedTokens, batch: StockBatch) -> StockContext:
