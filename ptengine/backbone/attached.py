@@ -28,8 +28,10 @@ from ptengine.backbone.attached_pairs import PairHooks
 from ptengine.backbone.attached_rows import StockContext, in_row, padded_left, text_part, with_offsets
 from ptengine.backbone.attention import KEYWORD
 from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
+from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
+from ptengine.backbone.in_row import carries_its_prompt
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
 from ptengine.backbone.patching import PATCHING, is_patched, no_mask, patch, require_patched, unpatch
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -81,7 +83,7 @@ class _Attachment:
         check_fit(spec, lowered)
         if not learns:  # lowering may hand out the parameters themselves
             lowered = detached(lowered)
-        if isinstance(lowered, VirtualTokens) and spec.kind == "causal":
+        if isinstance(lowered, VirtualTokens) and spec.kind == "causal" and spec.path == "shared":
             with _all_layers(self.host.base, spec.num_layers):
                 lowered = capture_prefix(self.host.model, lowered)
         return lowered
@@ -117,6 +119,9 @@ class _Host:
             self.handles = PairHooks(self.model, self.current, self._recomputes).install()
             return
         self.layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if self._runs_rows():
+            self._install_rows()
+            return
         # Some heads call the decoder inside the model without its head; who is called second finds the prompt there.
         decoder = getattr(self.base, "decoder", None)
         for module in (self.base, decoder):
@@ -124,14 +129,39 @@ class _Host:
                 self.names[module] = list(inspect.signature(type(module).forward).parameters)[1:]
                 self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._behind, with_kwargs=True))
+        self._guard(self._wrap_prepare)
+
+    def _install_rows(self) -> None:
+        """Hooks on a causal model whose rows hold the virtual tokens."""
+        calls = CausalRows(self.model, lambda: require_patched(self.model), self._row_prompts)
+        self.handles += calls.install(self.base)
+        self._guard(lambda prepare: self._wrap_prepare(calls.wrap_prepare(prepare)))
+
+    def _guard(self, wrap: Any) -> None:
+        """Hooks on the head, and a wrapper around what prepares a step of `generate`."""
         if self.model is not self.base:
             self.handles.append(self.model.register_forward_pre_hook(self._begin))
             self.handles.append(self.model.register_forward_hook(self._end))
         if hasattr(self.model, _PREPARE):
             before = {name: value for name, value in vars(self.model).items() if name == _PREPARE}
-            wrapper = self._wrap_prepare(getattr(self.model, _PREPARE))
+            wrapper = wrap(getattr(self.model, _PREPARE))
             self.prepare = (wrapper, before)
             setattr(self.model, _PREPARE, wrapper)
+
+    def _runs_rows(self) -> bool:
+        spec = require_patched(self.model)
+        return spec.kind == "causal" and spec.path == "in_row"
+
+    def _row_prompts(self) -> RowPrompts | None:
+        """What the rows of a call are to hold; None of a call that has its prompt in place."""
+        self.reached.yes = True
+        if carries_its_prompt():
+            return None
+        attachment = self.current()
+        self._recomputes()
+        lowered = attachment.lowered(require_patched(self.model))
+        assert isinstance(lowered, VirtualTokens)
+        return RowPrompts([lowered], None, attachment.prompt, lowered.num_virtual_tokens)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -170,7 +200,7 @@ class _Host:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a stock call the prompt; a call that carries a context of its own is none."""
         self.reached.yes = True
-        if KEYWORD in kwargs or is_answered(module):
+        if KEYWORD in kwargs or is_answered(module) or carries_its_prompt():
             return None
         attachment = self.current()
         spec = require_patched(self.model)
@@ -205,7 +235,7 @@ class _Host:
     def _behind(self, base: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Tell whose text a new cache holds; take virtual tokens out of an encoder's output."""
         context = kwargs.get(KEYWORD)
-        if is_answered(base) or (context is not None and not isinstance(context, StockContext)):
+        if is_answered(base) or carries_its_prompt() or (context is not None and not isinstance(context, StockContext)):
             return None
         attachment = self.current()
         spec = require_patched(self.model)
@@ -260,7 +290,7 @@ class _Host:
         def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
             mask = kwargs.get("attention_mask")
             if kwargs.get("is_first_iteration", True) and isinstance(mask, Tensor) and mask.dim() == 2:
-                ends = mask[:, -1] == 0  # [B]
+                ends = (mask[:, -1] == 0) & (mask != 0).any(1)  # [B], but for pieces of a prefill before a row begins
                 if bool(ends.any()):
                     raise InputError(
                         f"input {int(ends.nonzero()[0])}: expected padding on the left to generate, got it on the right"
@@ -382,11 +412,17 @@ def attached(model: Any, prompt: nn.Module, *, freeze: bool = True) -> Iterator[
     try:
         spec = require_patched(model)
         apart = spec.kind != "seq2seq" or attachment.is_prefix
-        if apart and spec.no_generation is not None:  # stock batches behind a kept prompt are what is attached, too
+        if (
+            spec.path == "shared" and apart and spec.no_generation is not None
+        ):  # stock batches behind a kept prompt are what is attached, too
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported with an attached prompt: {spec.no_generation}"
             )
         check_fit(spec, lowered)
+        if host._runs_rows() and not isinstance(lowered, VirtualTokens):
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is supported with virtual tokens alone: {spec.why_in_row}"
+            )
         _here.set((attachment, *_here.get()))
         yield _wrapper(attachment)
     finally:

@@ -21,10 +21,11 @@ from transformers import EncoderDecoderCache
 from ptengine.backbone.attached_rows import gather_slots
 from ptengine.backbone.attention import KEYWORD, PrefixContext
 from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
+from ptengine.backbone.in_row import carries_its_prompt
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, KeyValuePrefix, VirtualTokens
 from ptengine.backbone.patching import require_patched
-from ptengine.backbone.seq2seq_rows import carries_its_prompt, empty_cache, reserve
+from ptengine.backbone.seq2seq_rows import empty_cache, reserve
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import stack_prefixes
 from ptengine.errors import InputError, UnsupportedModelError

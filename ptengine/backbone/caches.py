@@ -1,4 +1,4 @@
-"""Caches of transformers behind a prompt that is kept apart: which of them serve, and how many of their slots hold text.
+"""Caches of transformers behind a prompt that is kept apart: which serve, and how many of their slots hold text.
 
 A cache holds text alone, and behind a prompt the count of its tokens says how far the prompt is: it has to keep them
 all, as they were. Knows no prompts and no hooks.
@@ -60,7 +60,9 @@ def check_cache_name(name: str | None, device_type: str) -> None:
     if name is not None and name not in _CACHES:
         raise InputError(f"expected cache_implementation {', '.join(_CACHES)} or None, got {name!r}")
     if name is not None and name.startswith("offloaded") and device_type == "cpu":
-        raise InputError(f"expected a model on a GPU, from which {name!r} moves its cache to the CPU, got one on the CPU")
+        raise InputError(
+            f"expected a model on a GPU, from which {name!r} moves its cache to the CPU, got one on the CPU"
+        )
 
 
 def whole_cache(name: str | None, num_layers: int, slots: int) -> Cache:
@@ -108,8 +110,8 @@ def keep_all_tokens(cache: Any) -> None:
         return
     if filled_slots(cache) or not all(type(layers[index]) is DynamicSlidingWindowLayer for index in sliding):
         raise InputError(
-            f"expected a cache that keeps all tokens beside an attached prompt, got a {type(cache).__name__} that drops "
-            "what has left a sliding window: give past_key_values=DynamicCache() or use_cache=False"
+            f"expected a cache that keeps all tokens beside an attached prompt, got a {type(cache).__name__} that "
+            "drops what has left a sliding window: give past_key_values=DynamicCache() or use_cache=False"
         )
     for index in sliding:
         layers[index] = DynamicLayer()

@@ -19,6 +19,7 @@ from ptengine.backbone.caches import cache_name, check_cache_name, whole_cache, 
 from ptengine.backbone.decoding import DecodingCache, decoder, decodes
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.generation_steps import with_prefix
+from ptengine.backbone.in_row_generation import generate_in_row
 from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import pack_rows
@@ -103,10 +104,15 @@ def generate(
         generation_kwargs = _settled(model, spec, len(ids), tokenizer, generation_kwargs)
         if spec.kind == "seq2seq":
             sequences, length = _generate_targets(model, spec, prompt, ids, tokenizer, generation_kwargs), 0
-        elif spec.no_generation is not None:
+        elif spec.no_generation is not None and (
+            spec.path == "shared" or _setting(model, generation_kwargs, "use_cache") is not False
+        ):
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported for generation: {spec.no_generation}"
             )
+        elif spec.path == "in_row":
+            length = max(len(row) for row in ids)
+            sequences = _generate_in_row(model, spec, prompt, ids, tokenizer, generation_kwargs)
         else:
             sequences, length = _generate(model, spec, prompt, ids, tokenizer, generation_kwargs)
     if not as_text:
@@ -135,9 +141,7 @@ def generate_in_batches(
     return texts
 
 
-def _settled(
-    model: Any, spec: BackboneSpec, rows: int, tokenizer: Any, kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _settled(model: Any, spec: BackboneSpec, rows: int, tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the stock `generate` for a call that it can serve behind a prompt."""
     setting = partial(_setting, model, kwargs)
     for name, search in _MOVED.items():
@@ -167,6 +171,28 @@ def _generate_targets(
     prompts, prompt_ids = _lowered(prompt, len(ids))
     pad = _padding_token(model, tokenizer, kwargs)
     return generate_targets(model, spec, prompts, prompt_ids, ids, _new_tokens(model, 1, kwargs), pad, kwargs)
+
+
+@torch.no_grad()
+def _generate_in_row(
+    model: Any, spec: BackboneSpec, prompt: Any, ids: list[list[int]], tokenizer: Any, kwargs: dict[str, Any]
+) -> Tensor:
+    name = cache_name(model, kwargs)
+    if name not in (None, "dynamic"):
+        raise InputError(f"expected the dynamic cache, in which virtual tokens have slots of their own, got {name!r}")
+    lowered, chosen = _lowered(prompt, len(ids))
+    texts = pack_rows(ids).to(spec.word_embeddings.weight.device)
+    prompts, prompt_ids = own_prompts(spec, lowered, chosen, texts)
+    virtual = [one for one in prompts if isinstance(one, VirtualTokens)]
+    for one in prompts:
+        check_fit(spec, one)
+    if len(virtual) < len(prompts):
+        raise UnsupportedModelError(
+            f"model type {spec.model_type!r} is supported with virtual tokens alone: {spec.why_in_row}"
+        )
+    new = _new_tokens(model, max(len(row) for row in ids), kwargs)
+    _check_length(spec, ids, [virtual[i] if i >= 0 else None for i in prompt_ids], new)
+    return generate_in_row(model, spec, virtual, prompt_ids, ids, _padding_token(model, tokenizer, kwargs), kwargs)
 
 
 @torch.no_grad()

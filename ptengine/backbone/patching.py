@@ -86,7 +86,7 @@ def _patch(model: Any) -> Any:
             except UnsupportedModelError as error:
                 why = str(error).removeprefix(str(refuse(spec, "")))
         with _quietly(model, spec):
-            facts = proof.compare_in_row(spec, stock, why)
+            facts = proof.compare_in_row(model, spec, stock, why)
     if facts.path == "in_row":
         return _install_in_row(model, spec, facts, stock)
     return _install(model, facts.into(spec), facts, None)

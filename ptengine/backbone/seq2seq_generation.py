@@ -17,9 +17,10 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
 from ptengine.backbone.caches import cache_name, with_settings
+from ptengine.backbone.in_row import with_own_prompt
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import pack_rows
-from ptengine.backbone.seq2seq_rows import empty_cache, reserve, source_rows, with_own_prompt
+from ptengine.backbone.seq2seq_rows import empty_cache, reserve, source_rows
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.errors import InputError, UnsupportedModelError
 
