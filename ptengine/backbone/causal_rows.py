@@ -71,7 +71,8 @@ class CausalRows:
 
     def __init__(self, model: Any, spec: Callable[[], BackboneSpec], current: Callable[[], RowPrompts | None]) -> None:
         self._model, self._spec, self._current = model, spec, current
-        self._inside = threading.local()  # `module`, whose call is under way, and `slots` before the text in it
+        # `module`, whose call is under way, and `seen`: virtual slots before its text, all of the text's, its prompts
+        self._inside = threading.local()
         self._names: dict[nn.Module, list[str]] = {}
 
     def install(self, base: nn.Module) -> list[Any]:
@@ -90,12 +91,12 @@ class CausalRows:
 
         @functools.wraps(prepare)
         def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            spec, rows = self._spec(), self._current()
+            rows = self._current()
             if rows is None:
                 return prepare(input_ids, *args, **kwargs)
             cache = _cache_of(kwargs)
             if kwargs.get("use_cache") is not False:
-                _require_steps(spec)
+                _require_steps(self._spec())
             past = _past(cache, rows)
             given = kwargs.get("inputs_embeds") if kwargs.get("is_first_iteration") else None
             length = (input_ids if given is None else given).shape[1]
@@ -121,6 +122,8 @@ class CausalRows:
         if given.dim() != (2 if text is None else 3):
             raise InputError(f"expected a batch [B, T] beside an attached prompt, got {list(given.shape)}")
         spec = self._spec()
+        if call.get("token_type_ids") is not None:
+            raise InputError(f"expected no token_type_ids with a prompt attached to model type {spec.model_type!r}")
         past = _past(_cache_of(call), rows)
         if past:
             _require_steps(spec)

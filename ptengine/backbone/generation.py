@@ -45,13 +45,14 @@ _REFUSED = {
     "position_ids": "positions follow from the prompt and the padding",
     "past_key_values": "the cache is made per call",
 }
-# Searches that transformers has moved out into code on its hub, which it loads where `trust_remote_code` allows it.
-_MOVED = {
-    "penalty_alpha": "contrastive search",
-    "dola_layers": "DoLa",
-    "num_beam_groups": "group beam search",
-    "constraints": "constrained beam search",
-    "force_words_ids": "constrained beam search",
+# Searches that transformers has moved out into code on its hub, which it loads where `trust_remote_code` allows it, and
+# the values that do not ask for them.
+_MOVED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "penalty_alpha": ("contrastive search", (None, 0)),
+    "dola_layers": ("DoLa", (None,)),
+    "num_beam_groups": ("group beam search", (None, 1)),
+    "constraints": ("constrained beam search", (None,)),
+    "force_words_ids": ("constrained beam search", (None,)),
 }
 _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
@@ -77,8 +78,8 @@ def generate(
             text tokens, not virtual ones; an encoder-decoder's count those of the target. Assisted decoding
             (`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit`) takes one input, as the stock one
             does; an assistant reads the text alone, or behind the prompt that is attached to it. A static cache holds
-            text alone, is not compiled unless ``disable_compile=False`` says so, and is never faster here than the
-            default, whose steps are one CUDA graph. `stop_strings` are found with `tokenizer`.
+            text alone and its steps are not compiled; those of the default cache are one CUDA graph on a GPU.
+            `stop_strings` are found with `tokenizer`.
 
     Returns:
         For texts a list of continuations without special tokens, ``num_return_sequences`` per input; otherwise int64
@@ -86,8 +87,8 @@ def generate(
         from the start token on and padded behind their ends.
 
     Raises:
-        InputError: an input is empty or not as described, the prompt does not fit the model, or virtual tokens,
-            text and new tokens together exceed the model's positions.
+        InputError: an input is empty or not as described, the prompt does not fit the model, virtual tokens, text and
+            new tokens together exceed the model's positions, or a search or a cache is asked for that cannot be had.
         UnsupportedModelError: the model cannot be patched, or its family does not generate behind such a prompt.
     """
     for name, reason in _REFUSED.items():
@@ -144,8 +145,8 @@ def generate_in_batches(
 def _settled(model: Any, spec: BackboneSpec, rows: int, tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the stock `generate` for a call that it can serve behind a prompt."""
     setting = partial(_setting, model, kwargs)
-    for name, search in _MOVED.items():
-        if setting(name) not in (None, 1) and kwargs.get("custom_generate") is None:
+    for name, (search, harmless) in _MOVED.items():
+        if setting(name) not in harmless and kwargs.get("custom_generate") is None:
             raise InputError(
                 f"expected no {name}: {search} is no part of transformers any more; its code can be given as "
                 "custom_generate"

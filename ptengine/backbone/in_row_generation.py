@@ -5,23 +5,35 @@ Rows are padded before their prompts where the model's numbers bear that; otherw
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.in_row import with_own_prompt
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import BackboneSpec
 
-__all__ = ["generate_in_row", "prompts_in_rows"]
+__all__ = ["generate_in_row", "prompts_in_rows", "row_hooks"]
 
 _PREPARE = "prepare_inputs_for_generation"
-_here: ContextVar[RowPrompts | None] = ContextVar("ptengine_prompts_in_rows", default=None)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What the calls of one `generate` have in their rows, and of which model they are."""
+
+    spec: BackboneSpec
+    rows: RowPrompts
+
+
+_here: ContextVar[_Call | None] = ContextVar("ptengine_prompts_in_rows", default=None)
 
 
 def generate_in_row(
@@ -54,14 +66,14 @@ def generate_in_row(
         used = sorted({prompt_ids[row] for row in group} - {-1})
         places = [used.index(prompt_ids[row]) if prompt_ids[row] >= 0 else -1 for row in group]
         chosen = torch.tensor(places, device=device)  # [b]
-        given = {"input_ids": tokens, "attention_mask": mask, "pad_token_id": pad} | kwargs
+        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "pad_token_id": pad} | kwargs
         if width < longest and given.get("max_length") is not None:
             given["max_length"] -= longest - width  # which counts the padding of all rows
         own = [prompts[one] for one in used]
         sizes = [own[one].num_virtual_tokens if one >= 0 else 0 for one in places]
         slots = max(size + len(ids[row]) for size, row in zip(sizes, group, strict=True)) - width
-        with prompts_in_rows(model, spec, own, chosen, slots):
-            out = model.generate(**given)
+        with prompts_in_rows(model, spec, own, chosen, slots) as behind:
+            out = behind.generate(**given)
         sequences = out if isinstance(out, Tensor) else out.sequences  # [b * returned, T + new]
         for row, part in zip(group, sequences.chunk(len(group)), strict=True):
             found[row] = [torch.nn.functional.pad(one, (longest - width, 0), value=pad) for one in part]
@@ -73,32 +85,48 @@ def generate_in_row(
 @contextmanager
 def prompts_in_rows(
     model: Any, spec: BackboneSpec, prompts: Sequence[VirtualTokens], prompt_ids: Tensor | None, slots: int
-) -> Iterator[None]:
+) -> Iterator[Any]:
     """Stock calls of `model` inside the block, in this thread, have the prompts in their rows, and no other.
 
+    Yields the model as `generate` is to be called on: it shares everything.
+
     Args:
-        model: a causal model that runs prompts in the row.
+        model: a causal model that runs prompts in the row, with the hooks of `row_hooks`.
         spec: its facts.
         prompts: N, at least one where any row has one.
         prompt_ids: int64 [B], the prompt of each row, -1 for none; None where all have the first.
         slots: as of `RowPrompts`.
     """
-    calls = CausalRows(model, lambda: spec, _here.get)
-    handles = calls.install(spec.base_model)
-    own = vars(model).get(_PREPARE)
+    facade = copy.copy(model)  # of its own: another thread may generate with the model itself
     if hasattr(model, _PREPARE):
-        setattr(model, _PREPARE, calls.wrap_prepare(getattr(model, _PREPARE)))
-    token = _here.set(RowPrompts(prompts, prompt_ids, calls, slots))
+        setattr(facade, _PREPARE, _calls(model, spec.base_model).wrap_prepare(getattr(model, _PREPARE)))
+    token = _here.set(_Call(spec, RowPrompts(prompts, prompt_ids, facade, slots)))
     try:
         with with_own_prompt():
-            yield
+            yield facade
     finally:
         _here.reset(token)
-        for handle in handles:
-            handle.remove()
-        vars(model).pop(_PREPARE, None)
-        if own is not None:
-            setattr(model, _PREPARE, own)
+
+
+def row_hooks(model: Any, base: nn.Module) -> list[Any]:
+    """Hooks through which calls of `model` inside `prompts_in_rows` see their prompts; handles that `remove` them.
+
+    As long as they are there, any thread may generate: PyTorch does not bear that hooks come and go during a call.
+    """
+    return _calls(model, base).install(base)
+
+
+def _calls(model: Any, base: nn.Module) -> CausalRows:
+    def here() -> _Call | None:
+        call = _here.get()
+        return call if call is not None and call.spec.base_model is base else None
+
+    def spec() -> BackboneSpec:
+        call = here()
+        assert call is not None  # asked for behind prompts alone
+        return call.spec
+
+    return CausalRows(model, spec, lambda: None if (call := here()) is None else call.rows)
 
 
 def _groups(

@@ -24,6 +24,7 @@ from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PLACES, Observe
 from ptengine.backbone.frozen_layers import fuse_layers
 from ptengine.backbone.generation_steps import wrap_prepare
 from ptengine.backbone.heads import PreparedForward, TappedHead
+from ptengine.backbone.in_row_generation import row_hooks
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
@@ -129,6 +130,8 @@ def _install_in_row(model: Any, spec: BackboneSpec, facts: proof.Facts, stock: S
     state = _begin(model, facts.into(spec), [])
     try:
         _answer_heads(model, state)
+        if spec.kind == "causal":
+            state.handles.extend(row_hooks(model, spec.base_model))
         if stock is not None and spec.kind == "encoder":
             with _quietly(model, spec):
                 facts = proof.read_head(model, state.spec, facts, stock)

@@ -192,12 +192,18 @@ def compare_in_row(model: Any, spec: BackboneSpec, stock: StockRows, why: str) -
 
 def _with_steps(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) -> Facts:
     """What stock calls of a causal model with the prompt in their rows bear: padding on the left, and a cache."""
-    from ptengine.backbone.in_row_proof import bears_left_padding, why_no_steps  # whose hooks read what reads this
+    from ptengine.backbone.in_row_generation import row_hooks  # which reads what reads this module
+    from ptengine.backbone.in_row_proof import bears_left_padding, why_no_steps
 
-    facts = replace(facts, pads_left=bears_left_padding(model, facts.into(spec), stock))
-    if stock.logits is None:
-        return facts
-    return replace(facts, no_generation=why_no_steps(model, facts.into(spec), stock))
+    handles = row_hooks(model, spec.base_model)
+    try:
+        facts = replace(facts, pads_left=bears_left_padding(model, facts.into(spec), stock))
+        if stock.logits is None:
+            return facts
+        return replace(facts, no_generation=why_no_steps(model, facts.into(spec), stock))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()
