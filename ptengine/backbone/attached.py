@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,8 +27,11 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptengine.backbone.attached_pairs import PairHooks
 from ptengine.backbone.attached_rows import StockContext, in_row, padded_left, text_part, with_offsets
 from ptengine.backbone.attention import KEYWORD
+from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
+from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
+from ptengine.backbone.in_row import carries_its_prompt
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
 from ptengine.backbone.patching import PATCHING, is_patched, no_mask, patch, require_patched, unpatch
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -80,8 +83,9 @@ class _Attachment:
         check_fit(spec, lowered)
         if not learns:  # lowering may hand out the parameters themselves
             lowered = detached(lowered)
-        if isinstance(lowered, VirtualTokens) and spec.kind == "causal":
-            lowered = capture_prefix(self.host.model, lowered)
+        if isinstance(lowered, VirtualTokens) and spec.kind == "causal" and spec.path == "shared":
+            with _all_layers(self.host.base, spec.num_layers):
+                lowered = capture_prefix(self.host.model, lowered)
         return lowered
 
 
@@ -115,6 +119,9 @@ class _Host:
             self.handles = PairHooks(self.model, self.current, self._recomputes).install()
             return
         self.layers = [module for module in self.base.modules() if isinstance(module, GradientCheckpointingLayer)]
+        if self._runs_rows():
+            self._install_rows()
+            return
         # Some heads call the decoder inside the model without its head; who is called second finds the prompt there.
         decoder = getattr(self.base, "decoder", None)
         for module in (self.base, decoder):
@@ -122,14 +129,39 @@ class _Host:
                 self.names[module] = list(inspect.signature(type(module).forward).parameters)[1:]
                 self.handles.append(module.register_forward_pre_hook(self._before, with_kwargs=True))
                 self.handles.append(module.register_forward_hook(self._behind, with_kwargs=True))
+        self._guard(self._wrap_prepare)
+
+    def _install_rows(self) -> None:
+        """Hooks on a causal model whose rows hold the virtual tokens."""
+        calls = CausalRows(self.model, lambda: require_patched(self.model), self._row_prompts)
+        self.handles += calls.install(self.base)
+        self._guard(lambda prepare: self._wrap_prepare(calls.wrap_prepare(prepare)))
+
+    def _guard(self, wrap: Any) -> None:
+        """Hooks on the head, and a wrapper around what prepares a step of `generate`."""
         if self.model is not self.base:
             self.handles.append(self.model.register_forward_pre_hook(self._begin))
             self.handles.append(self.model.register_forward_hook(self._end))
         if hasattr(self.model, _PREPARE):
             before = {name: value for name, value in vars(self.model).items() if name == _PREPARE}
-            wrapper = self._wrap_prepare(getattr(self.model, _PREPARE))
+            wrapper = wrap(getattr(self.model, _PREPARE))
             self.prepare = (wrapper, before)
             setattr(self.model, _PREPARE, wrapper)
+
+    def _runs_rows(self) -> bool:
+        spec = require_patched(self.model)
+        return spec.kind == "causal" and spec.path == "in_row"
+
+    def _row_prompts(self) -> RowPrompts | None:
+        """What the rows of a call are to hold; None of a call that has its prompt in place."""
+        self.reached.yes = True
+        if carries_its_prompt():
+            return None
+        attachment = self.current()
+        self._recomputes()
+        lowered = attachment.lowered(require_patched(self.model))
+        assert isinstance(lowered, VirtualTokens)
+        return RowPrompts([lowered], None, attachment.prompt, lowered.num_virtual_tokens)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -168,7 +200,7 @@ class _Host:
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Give a stock call the prompt; a call that carries a context of its own is none."""
         self.reached.yes = True
-        if KEYWORD in kwargs or is_answered(module):
+        if KEYWORD in kwargs or is_answered(module) or carries_its_prompt():
             return None
         attachment = self.current()
         spec = require_patched(self.model)
@@ -194,7 +226,8 @@ class _Host:
         if isinstance(lowered, VirtualTokens):
             return (), in_row(call, batch, lowered, spec)
         call["position_ids"] = batch.positions + spec.first_position
-        context = _context(spec, lowered, batch)
+        key_slots = past + shape[1] if is_static(call.get("past_key_values")) else None
+        context = replace(_context(spec, lowered, batch), key_slots=key_slots)
         if spec.kind == "encoder":
             call, context = padded_left(call, batch, context)
         return (), call | {KEYWORD: context, "attention_mask": no_mask(batch.positions.device)}
@@ -202,7 +235,7 @@ class _Host:
     def _behind(self, base: nn.Module, _: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Any:
         """Tell whose text a new cache holds; take virtual tokens out of an encoder's output."""
         context = kwargs.get(KEYWORD)
-        if is_answered(base) or (context is not None and not isinstance(context, StockContext)):
+        if is_answered(base) or carries_its_prompt() or (context is not None and not isinstance(context, StockContext)):
             return None
         attachment = self.current()
         spec = require_patched(self.model)
@@ -238,14 +271,8 @@ class _Host:
         """The slots that are filled already, by a call that saw the same prompt."""
         if cache is None:
             return 0
-        if getattr(cache, "is_compileable", False) or not hasattr(cache, "get_seq_length"):
-            raise InputError(f"expected a dynamic cache beside an attached prompt, got {type(cache).__name__}")
-        if any(getattr(layer, "is_sliding", False) for layer in getattr(cache, "layers", ())):
-            raise InputError(
-                "expected a cache that keeps all tokens beside an attached prompt, got one that drops what has left a "
-                "sliding window: give past_key_values=DynamicCache() or use_cache=False"
-            )
-        past = int(cache.get_seq_length())
+        keep_all_tokens(cache)
+        past = filled_slots(cache)
         if not past:
             setattr(cache, _CACHE_OWNER, weakref.ref(attachment.prompt))
         owner = getattr(cache, _CACHE_OWNER, None)
@@ -257,18 +284,20 @@ class _Host:
         return past
 
     def _wrap_prepare(self, prepare: Any) -> Any:
-        """Refuse a batch that `generate` would continue behind its padding, before any work."""
+        """Refuse a batch that `generate` would continue behind its padding, before any work; hand masks on as given."""
 
         @functools.wraps(prepare)
         def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
             mask = kwargs.get("attention_mask")
             if kwargs.get("is_first_iteration", True) and isinstance(mask, Tensor) and mask.dim() == 2:
-                ends = mask[:, -1] == 0  # [B]
+                ends = (mask[:, -1] == 0) & (mask != 0).any(1)  # [B], but for pieces of a prefill before a row begins
                 if bool(ends.any()):
                     raise InputError(
                         f"input {int(ends.nonzero()[0])}: expected padding on the left to generate, got it on the right"
                     )
             inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
+            if is_static(inputs.get("past_key_values")):  # for which the stock model has made masks of all its slots
+                inputs["attention_mask"] = mask
             return inputs
 
         return wrapped
@@ -383,11 +412,17 @@ def attached(model: Any, prompt: nn.Module, *, freeze: bool = True) -> Iterator[
     try:
         spec = require_patched(model)
         apart = spec.kind != "seq2seq" or attachment.is_prefix
-        if apart and spec.no_generation is not None:  # stock batches behind a kept prompt are what is attached, too
+        if (
+            spec.path == "shared" and apart and spec.no_generation is not None
+        ):  # stock batches behind a kept prompt are what is attached, too
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported with an attached prompt: {spec.no_generation}"
             )
         check_fit(spec, lowered)
+        if host._runs_rows() and not isinstance(lowered, VirtualTokens):
+            raise UnsupportedModelError(
+                f"model type {spec.model_type!r} is supported with virtual tokens alone: {spec.why_in_row}"
+            )
         _here.set((attachment, *_here.get()))
         yield _wrapper(attachment)
     finally:
@@ -399,6 +434,21 @@ def attached(model: Any, prompt: nn.Module, *, freeze: bool = True) -> Iterator[
             if not host.attachments:
                 del _hosts[base]
                 host.remove()
+
+
+@contextmanager
+def _all_layers(base: Any, num_layers: int) -> Iterator[None]:
+    """Inside the block the model runs all of its layers, in the midst of an assistant's early exit, too."""
+    config = base.config.get_text_config()
+    layers = getattr(config, "num_hidden_layers", num_layers)
+    if layers == num_layers:
+        yield
+        return
+    config.num_hidden_layers = num_layers
+    try:
+        yield
+    finally:
+        config.num_hidden_layers = layers
 
 
 def _context(spec: BackboneSpec, lowered: KeyValuePrefix | GatedTokens, batch: StockBatch) -> StockContext:

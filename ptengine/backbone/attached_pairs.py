@@ -20,10 +20,12 @@ from transformers import EncoderDecoderCache
 
 from ptengine.backbone.attached_rows import gather_slots
 from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
+from ptengine.backbone.in_row import carries_its_prompt
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, KeyValuePrefix, VirtualTokens
 from ptengine.backbone.patching import require_patched
-from ptengine.backbone.seq2seq_rows import carries_its_prompt, empty_cache, reserve
+from ptengine.backbone.seq2seq_rows import empty_cache, reserve
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import stack_prefixes
 from ptengine.errors import InputError, UnsupportedModelError
@@ -132,7 +134,7 @@ class PairHooks:
         other = sorted(name for name, x in call.items() if isinstance(x, Tensor) and name not in _KNOWN)
         if other:
             raise InputError(f"expected no {other[0]} beside a prompt attached to an encoder-decoder")
-        past = _past(call.get("past_key_values"), attached.prompt)
+        past = _past(call.get("past_key_values"), attached)
         if attached.is_prefix:
             return (), self._with_prefix(call, attached, past)
         return (), self._with_sources(call, attached.prompt)
@@ -231,26 +233,27 @@ def _with_offsets(lowered: VirtualTokens, words: Tensor, longest: int) -> Tensor
     return add_offsets(words, table, torch.zeros_like(within), within)
 
 
-def _past(cache: Any, prompt: nn.Module) -> int:
+def _past(cache: Any, attached: Attached) -> int:
     """The slots of the decoder that are filled already, by a call that saw the same prompt."""
     if cache is None:
         return 0
-    if not isinstance(cache, EncoderDecoderCache) or getattr(cache, "is_compileable", False):
-        raise InputError(f"expected a dynamic cache beside an attached prompt, got {type(cache).__name__}")
-    if any(getattr(layer, "is_sliding", False) for layer in getattr(cache.self_attention_cache, "layers", ())):
-        raise InputError(
-            "expected a cache that keeps all tokens beside an attached prompt, got one that drops what has left a "
-            "sliding window: give past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()) or "
-            "use_cache=False"
-        )
-    past = int(cache.get_seq_length())
+    if attached.is_prefix:  # whose slots stand empty in the cache; behind virtual tokens the decoder is the stock one
+        _require_countable(cache)
+    past = filled_slots(cache)
     owner = getattr(cache, _SEEN, None)
-    if past and (owner is None or owner() is not prompt):
+    if past and (owner is None or owner() is not attached.prompt):
         raise InputError(
             f"expected past_key_values filled while this prompt was attached, got {past} tokens of another call, which "
             "have not seen the prompt"
         )
     return past
+
+
+def _require_countable(cache: Any) -> None:
+    if not isinstance(cache, EncoderDecoderCache) or is_static(cache):
+        kind = type(getattr(cache, "self_attention_cache", cache)).__name__
+        raise InputError(f"expected a dynamic cache beside a prefix attached to an encoder-decoder, got {kind}")
+    keep_all_tokens(cache.self_attention_cache)
 
 
 def _target_shape(model: Any, call: dict[str, Any]) -> tuple[int, int]:

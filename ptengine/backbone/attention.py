@@ -30,9 +30,9 @@ PLACES = "_ptengine_layers"  # attribute of an attention module: its layers, whe
 
 # Keywords that families hand through to attention and that do not change a score. Any other is refused: it may.
 _HARMLESS = frozenset({
-    "cache_position", "deterministic", "layer_idx", "logits_to_keep", "num_items_in_batch", "output_attentions",
-    "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings", "position_ids",
-    "return_dict", "use_cache",
+    "assistant_tokenizer", "cache_position", "deterministic", "layer_idx", "logits_to_keep", "num_items_in_batch",
+    "output_attentions", "output_hidden_states", "output_router_logits", "past_key_values", "position_embeddings",
+    "position_ids", "return_dict", "tokenizer", "use_cache",
 })  # fmt: skip
 
 
@@ -92,6 +92,7 @@ class PrefixContext:
         max_seqlen: longest row of a packed call.
         empty_slots: of a stock batch with a cache, how many slots before its own the cache holds that are nothing but
             room for the prefix, by which the stock model counts its positions and biases.
+        key_slots: of a stock batch with a static cache, how many of its slots hold something, this call's included.
         key_starts: int32 [B], the first key that is a token in each row of a left-padded stock batch.
         hidden_rows: int64 [n] ascending: the packed positions whose last hidden state is wanted, None for all.
         captured: where to put each layer's keys and values [T, H_kv, D] of a packed call, by layer.
@@ -108,6 +109,7 @@ class PrefixContext:
     cu_seqlens: Tensor | None = None
     max_seqlen: int = 0
     empty_slots: int = 0
+    key_slots: int | None = None
     key_starts: Tensor | None = None
     hidden_rows: Tensor | None = None
     captured: dict[int, tuple[Tensor, Tensor]] | None = None
@@ -167,7 +169,7 @@ def _attention(
         query, key, value = (x.to(torch.get_autocast_dtype(device)) for x in (query, key, value))
     if context.cu_seqlens is None:
         prefix_k, prefix_v = _prefix(module, context, query.dtype)
-        own = slice(context.empty_slots, None)
+        own = slice(context.empty_slots, context.key_slots)
         if context.empty_slots and key.shape[2] < context.empty_slots + query.shape[2]:
             raise InputError(
                 "expected no gradient checkpointing with a prefix in an encoder-decoder: layers that run again are "

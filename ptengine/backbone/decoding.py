@@ -41,6 +41,10 @@ _ONE_BY_ONE = {
     "custom_generate": (None,),
     "past_key_values": (None,),
     "prefill_chunk_size": (None,),
+    "prompt_lookup_num_tokens": (None,),
+    "assistant_model": (None,),
+    "assistant_early_exit": (None,),
+    "use_mtp": (None, False),
 }
 
 

@@ -5,6 +5,7 @@ Not one copy per row or beam: the keys and values of a prompt stay apart from th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -12,15 +13,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ptengine.backbone.attention import PrefixContext
+from ptengine.backbone.caches import cache_name, check_cache_name, whole_cache, with_settings
 from ptengine.backbone.decoding import DecodingCache, decoder, decodes
 from ptengine.backbone.gated import gated_parts
+from ptengine.backbone.generation_steps import with_prefix
+from ptengine.backbone.in_row_generation import generate_in_row
 from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.packing import pack_rows
-from ptengine.backbone.patching import eval_mode, patched, require_patched, with_prefix
+from ptengine.backbone.patching import eval_mode, patched, require_patched
 from ptengine.backbone.seq2seq_generation import REFUSED, generate_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import capture_prefixes, check_fit, stack_prefixes
@@ -41,9 +44,17 @@ _REFUSED = {
     "inputs_embeds": "give token ids or texts",
     "position_ids": "positions follow from the prompt and the padding",
     "past_key_values": "the cache is made per call",
-    "assistant_model": "assisted decoding is not supported",
-    "prompt_lookup_num_tokens": "assisted decoding is not supported",
 }
+# Searches that transformers has moved out into code on its hub, which it loads where `trust_remote_code` allows it, and
+# the values that do not ask for them.
+_MOVED: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "penalty_alpha": ("contrastive search", (None, 0)),
+    "dola_layers": ("DoLa", (None,)),
+    "num_beam_groups": ("group beam search", (None, 1)),
+    "constraints": ("constrained beam search", (None,)),
+    "force_words_ids": ("constrained beam search", (None,)),
+}
+_ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
 
 
 def generate(
@@ -64,7 +75,11 @@ def generate(
             input needs at least one token.
         tokenizer: needed for texts; also gives the padding token.
         generation_kwargs: of transformers' `generate` (max_new_tokens, do_sample, num_beams, ...). `max_length` counts
-            text tokens, not virtual ones; an encoder-decoder's count those of the target.
+            text tokens, not virtual ones; an encoder-decoder's count those of the target. Assisted decoding
+            (`assistant_model`, `prompt_lookup_num_tokens`, `assistant_early_exit`) takes one input, as the stock one
+            does; an assistant reads the text alone, or behind the prompt that is attached to it. A static cache holds
+            text alone and its steps are not compiled; those of the default cache are one CUDA graph on a GPU.
+            `stop_strings` are found with `tokenizer`.
 
     Returns:
         For texts a list of continuations without special tokens, ``num_return_sequences`` per input; otherwise int64
@@ -72,15 +87,13 @@ def generate(
         from the start token on and padded behind their ends.
 
     Raises:
-        InputError: an input is empty or not as described, the prompt does not fit the model, or virtual tokens,
-            text and new tokens together exceed the model's positions.
+        InputError: an input is empty or not as described, the prompt does not fit the model, virtual tokens, text and
+            new tokens together exceed the model's positions, or a search or a cache is asked for that cannot be had.
         UnsupportedModelError: the model cannot be patched, or its family does not generate behind such a prompt.
     """
     for name, reason in _REFUSED.items():
         if generation_kwargs.get(name) is not None:
             raise InputError(f"expected no {name}: {reason}")
-    if generation_kwargs.get("cache_implementation") not in (None, "dynamic"):
-        raise InputError(f"expected the dynamic cache, got {generation_kwargs['cache_implementation']!r}")
     ids, as_text = _token_rows(inputs, tokenizer)
     with patched(model), eval_mode(model):
         spec = require_patched(model)
@@ -89,12 +102,18 @@ def generate(
                 f"expected a causal model or an encoder-decoder with an LM head to generate with, got "
                 f"{type(model).__name__}"
             )
+        generation_kwargs = _settled(model, spec, len(ids), tokenizer, generation_kwargs)
         if spec.kind == "seq2seq":
             sequences, length = _generate_targets(model, spec, prompt, ids, tokenizer, generation_kwargs), 0
-        elif spec.no_generation is not None:
+        elif spec.no_generation is not None and (
+            spec.path == "shared" or _setting(model, generation_kwargs, "use_cache") is not False
+        ):
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported for generation: {spec.no_generation}"
             )
+        elif spec.path == "in_row":
+            length = max(len(row) for row in ids)
+            sequences = _generate_in_row(model, spec, prompt, ids, tokenizer, generation_kwargs)
         else:
             sequences, length = _generate(model, spec, prompt, ids, tokenizer, generation_kwargs)
     if not as_text:
@@ -123,6 +142,26 @@ def generate_in_batches(
     return texts
 
 
+def _settled(model: Any, spec: BackboneSpec, rows: int, tokenizer: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the stock `generate` for a call that it can serve behind a prompt."""
+    setting = partial(_setting, model, kwargs)
+    for name, (search, harmless) in _MOVED.items():
+        if setting(name) not in harmless and kwargs.get("custom_generate") is None:
+            raise InputError(
+                f"expected no {name}: {search} is no part of transformers any more; its code can be given as "
+                "custom_generate"
+            )
+    assisted = next((name for name in _ASSISTED if setting(name) is not None), None)
+    if assisted is not None and rows > 1:
+        raise InputError(f"expected one input with {assisted}, got {rows}: assisted decoding takes one row at a time")
+    check_cache_name(cache_name(model, kwargs), spec.word_embeddings.weight.device.type)
+    if setting("stop_strings") is None and kwargs.get("assistant_tokenizer") is None:
+        return kwargs
+    if tokenizer is None:
+        raise InputError("expected a tokenizer to go with stop_strings or an assistant_tokenizer, got None")
+    return kwargs | {"tokenizer": tokenizer}
+
+
 @torch.no_grad()
 def _generate_targets(
     model: Any, spec: BackboneSpec, prompt: Any, ids: list[list[int]], tokenizer: Any, kwargs: dict[str, Any]
@@ -133,6 +172,28 @@ def _generate_targets(
     prompts, prompt_ids = _lowered(prompt, len(ids))
     pad = _padding_token(model, tokenizer, kwargs)
     return generate_targets(model, spec, prompts, prompt_ids, ids, _new_tokens(model, 1, kwargs), pad, kwargs)
+
+
+@torch.no_grad()
+def _generate_in_row(
+    model: Any, spec: BackboneSpec, prompt: Any, ids: list[list[int]], tokenizer: Any, kwargs: dict[str, Any]
+) -> Tensor:
+    name = cache_name(model, kwargs)
+    if name not in (None, "dynamic"):
+        raise InputError(f"expected the dynamic cache, in which virtual tokens have slots of their own, got {name!r}")
+    lowered, chosen = _lowered(prompt, len(ids))
+    texts = pack_rows(ids).to(spec.word_embeddings.weight.device)
+    prompts, prompt_ids = own_prompts(spec, lowered, chosen, texts)
+    virtual = [one for one in prompts if isinstance(one, VirtualTokens)]
+    for one in prompts:
+        check_fit(spec, one)
+    if len(virtual) < len(prompts):
+        raise UnsupportedModelError(
+            f"model type {spec.model_type!r} is supported with virtual tokens alone: {spec.why_in_row}"
+        )
+    new = _new_tokens(model, max(len(row) for row in ids), kwargs)
+    _check_length(spec, ids, [virtual[i] if i >= 0 else None for i in prompt_ids], new)
+    return generate_in_row(model, spec, virtual, prompt_ids, ids, _padding_token(model, tokenizer, kwargs), kwargs)
 
 
 @torch.no_grad()
@@ -169,14 +230,26 @@ def _generate(
     if offsets is None and not context.gated and decodes(model, spec, partial(_setting, model, kwargs)):
         kwargs = kwargs | {"past_key_values": DecodingCache()}
         runs = decoder(model, spec, context, kwargs["past_key_values"], new)
-    elif spec.windowed and kwargs.get("use_cache", True) is not False:
-        # The cache that generate would make drops what has left a window, and with it the count of a row's tokens,
-        # which says how far the prompt is behind.
-        kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
-        kwargs["past_key_values"] = DynamicCache()
-    with with_prefix(context, virtual, offsets):
+    elif _setting(model, kwargs, "use_cache") is not False:
+        runs, kwargs = _with_cache(model, spec, longest + new, kwargs)
+    with with_prefix(spec.word_embeddings, context, virtual, offsets):
         sequences = runs.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
+
+
+def _with_cache(model: Any, spec: BackboneSpec, slots: int, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The model and the arguments with which `generate` has a cache, of `slots` tokens a row, that keeps them all."""
+    name = cache_name(model, kwargs)
+    if name is not None and "static" in name:  # a step reads how much of it is filled
+        kwargs = with_settings(kwargs, disable_compile=True)
+    if not spec.windowed:  # or the cache that generate makes would drop what has left a window
+        return model, kwargs
+    kwargs = with_settings(kwargs, cache_implementation=None)
+    if model.generation_config.cache_implementation is not None:  # which takes the place of None
+        model = copy.copy(model)  # of its own: another thread may generate with the model itself
+        model.generation_config = copy.deepcopy(model.generation_config)
+        model.generation_config.cache_implementation = None
+    return model, kwargs | {"past_key_values": whole_cache(name, spec.num_layers, slots)}
 
 
 def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:

@@ -7,6 +7,9 @@ prompts and no labels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -14,7 +17,25 @@ from torch import Tensor
 
 from ptengine.backbone.spec import BackboneSpec
 
-__all__ = ["dense_slots", "run_in_row", "stock_hidden"]
+__all__ = ["carries_its_prompt", "dense_slots", "run_in_row", "stock_hidden", "with_own_prompt"]
+
+# Whether the calls of this thread have their prompt in place, whatever prompt is attached to the model.
+_own_prompt: ContextVar[bool] = ContextVar("ptengine_own_prompt", default=False)
+
+
+@contextmanager
+def with_own_prompt() -> Iterator[None]:
+    """Stock calls inside the block, in this thread, have their prompt in place."""
+    token = _own_prompt.set(True)
+    try:
+        yield
+    finally:
+        _own_prompt.reset(token)
+
+
+def carries_its_prompt() -> bool:
+    """Whether a call of this thread stands inside `with_own_prompt`."""
+    return _own_prompt.get()
 
 
 def run_in_row(spec: BackboneSpec, embeds: Tensor, cu_seqlens: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
@@ -52,7 +73,9 @@ def _batch(
     if token_type_ids is not None:
         types = token_type_ids.new_zeros(mask.numel()).index_copy(0, slots, token_type_ids[places])  # [B * T]
         extra["token_type_ids"] = types.view(mask.shape)
-    hidden = stock_hidden(spec.base_model, batch.unflatten(0, mask.shape), attention_mask=mask, **extra)  # [B, T, d]
+    with with_own_prompt():
+        dense = batch.unflatten(0, mask.shape)  # [B, T, d]
+        hidden = stock_hidden(spec.base_model, dense, attention_mask=mask, **extra)  # [B, T, d]
     return places, hidden.flatten(0, 1)[slots]
 
 

@@ -7,12 +7,10 @@ encoders under a head and of modules that have faster equals. No class is touche
 
 from __future__ import annotations
 
-import functools
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 from weakref import WeakSet
@@ -24,25 +22,20 @@ from ptengine.backbone import families, last_layer, proof, seq2seq_proof
 from ptengine.backbone.activations import fuse_activations
 from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PLACES, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
+from ptengine.backbone.generation_steps import wrap_prepare
 from ptengine.backbone.heads import PreparedForward, TappedHead, tapping
-from ptengine.backbone.input_offsets import add_offsets
+from ptengine.backbone.in_row_generation import row_hooks
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["PATCHING", "eval_mode", "is_patched", "patch", "patched", "require_patched", "unpatch", "with_prefix"]
+__all__ = ["PATCHING", "eval_mode", "is_patched", "patch", "patched", "require_patched", "unpatch"]
 
 _STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"
 _patched_models: WeakSet[Any] = WeakSet()
 # Held while a model is patched or unpatched: the first look at a family that is not proven patches it for a moment.
 PATCHING = threading.RLock()
-
-# The prefix of the `generate` call under way in this thread: (context, number of virtual tokens per row int64 [B],
-# offsets of the prompts' input embeddings [N + 1, S, d]).
-_generating: ContextVar[tuple[PrefixContext, Tensor, Tensor | None] | None] = ContextVar(
-    "ptengine_generating", default=None
-)
 
 
 class _StockDoubtful(UnsupportedModelError):
@@ -95,7 +88,7 @@ def _patch(model: Any) -> Any:
             except UnsupportedModelError as error:
                 why = str(error).removeprefix(str(refuse(spec, "")))
         with _quietly(model, spec), tapping(spec.lm_head):
-            facts = proof.compare_in_row(spec, stock, why)
+            facts = proof.compare_in_row(model, spec, stock, why)
     if facts.path == "in_row":
         return _install_in_row(model, spec, facts, stock)
     return _install(model, facts.into(spec), facts, None)
@@ -126,7 +119,7 @@ def _install(model: Any, spec: BackboneSpec, facts: proof.Facts | None, stock: S
                 hint = _left_out(observed, state.implementations)
                 raise (_StockDoubtful if hint else UnsupportedModelError)(f"{error}{hint}") from error
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
-            setattr(model, _PREPARE, _wrap_prepare(getattr(model, _PREPARE), spec))
+            setattr(model, _PREPARE, wrap_prepare(getattr(model, _PREPARE), spec))
     except BaseException:
         unpatch(model)
         raise
@@ -138,6 +131,8 @@ def _install_in_row(model: Any, spec: BackboneSpec, facts: proof.Facts, stock: S
     state = _begin(model, facts.into(spec), [])
     try:
         _answer_heads(model, state)
+        if spec.kind == "causal":
+            state.handles.extend(row_hooks(model, spec.base_model))
         if stock is not None and spec.kind == "encoder":
             with _quietly(model, spec):
                 facts = proof.read_head(model, state.spec, facts, stock)
@@ -305,19 +300,6 @@ def require_patched(model: Any) -> BackboneSpec:
 
 
 @contextmanager
-def with_prefix(context: PrefixContext, virtual_tokens: Tensor, offsets: Tensor | None = None) -> Iterator[None]:
-    """`model.generate` inside this block, in this thread, sees `context` behind `virtual_tokens`, int64 [B].
-
-    `offsets` [N + 1, S, d], from `stack_offsets`, are those of the prompts that `context.prompt_ids` names.
-    """
-    token = _generating.set((context, virtual_tokens, offsets))
-    try:
-        yield
-    finally:
-        _generating.reset(token)
-
-
-@contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every module is in the mode it was in, which need not be one for all."""
     modes = [(module, module.training) for module in model.modules()]
@@ -482,31 +464,3 @@ def _link_last_mlp(spec: BackboneSpec, attention: nn.Module) -> list[Any]:
         if "mlp" in children and any(child is attention for child in children.values()):
             return list(last_layer.install(attention, children["mlp"]))
     return []
-
-
-def _wrap_prepare(prepare: Any, spec: BackboneSpec) -> Any:
-    """Add the prefix and the positions behind it to the inputs of every step of `generate`."""
-
-    @functools.wraps(prepare)
-    def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs: dict[str, Any] = prepare(input_ids, *args, **kwargs)
-        active = _generating.get()
-        if active is None:
-            return inputs
-        context, virtual_tokens, offsets = active
-        mask = kwargs.get("attention_mask")  # [B, T so far]
-        if mask is None:  # generate drops a mask of ones
-            mask = torch.ones_like(input_ids)  # [B, T so far]
-        step = (inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]).shape[1]
-        shift = virtual_tokens.repeat_interleave(mask.shape[0] // virtual_tokens.numel())[:, None]  # [B, 1]
-        positions = (shift + mask.long().cumsum(1) - 1).masked_fill(mask == 0, 0)  # [B, T so far]
-        inputs |= {KEYWORD: context, "position_ids": positions[:, -step:] + spec.first_position}
-        if offsets is not None and context.prompt_ids is not None:
-            repeats = mask.shape[0] // context.prompt_ids.numel()  # of every row, by beams and returned sequences
-            prompts = context.prompt_ids.long().repeat_interleave(repeats)[:, None]  # [B, 1]
-            embeds = spec.word_embeddings(inputs["input_ids"])  # [B, step, d]
-            inputs["inputs_embeds"] = add_offsets(embeds, offsets, prompts, (positions - shift)[:, -step:])
-            inputs["input_ids"] = None
-        return inputs
-
-    return wrapped

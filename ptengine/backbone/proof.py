@@ -60,6 +60,7 @@ class Facts:
     no_head: str | None = None
     before_head: nn.Module | None = None
     logit_scale: float | None = None
+    pads_left: bool = False
     skips_mlp: bool = True
 
     def into(self, spec: BackboneSpec) -> BackboneSpec:
@@ -167,10 +168,11 @@ def compare(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) -> F
 
 
 @torch.no_grad()
-def compare_in_row(spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
+def compare_in_row(model: Any, spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
     """Hold the stock model, with the prompt in every row of a batch, to rows that run alone.
 
     Args:
+        model: stock.
         spec: of the model, with `path` in-row.
         stock: the rows alone.
         why: why the shared path does not serve the model.
@@ -180,7 +182,6 @@ def compare_in_row(spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
     """
     facts = Facts(
         spec.kind, spec.num_heads, spec.num_kv_heads, spec.head_dim, spec.value_dim, path="in_row", why_in_row=why,
-        no_generation="a prompt that stands in every row is not kept apart" if spec.kind == "causal" else None,
         no_prefix=why, first_position=spec.first_position, before_head=spec.before_head, logit_scale=spec.logit_scale,
     )  # fmt: skip
     for pads in (True, False):
@@ -193,8 +194,24 @@ def compare_in_row(spec: BackboneSpec, stock: StockRows, why: str) -> Facts:
         except Exception as error:
             reason = error
         else:
-            return facts
+            return _with_steps(model, spec, facts, stock) if spec.kind == "causal" else facts
     raise refuse(spec, f"{why}; and {first_line(reason)}") from reason
+
+
+def _with_steps(model: Any, spec: BackboneSpec, facts: Facts, stock: StockRows) -> Facts:
+    """What stock calls of a causal model with the prompt in their rows bear: padding on the left, and a cache."""
+    from ptengine.backbone.in_row_generation import row_hooks  # which reads what reads this module
+    from ptengine.backbone.in_row_proof import bears_left_padding, why_no_steps
+
+    handles = row_hooks(model, spec.base_model)
+    try:
+        facts = replace(facts, pads_left=bears_left_padding(model, facts.into(spec), stock))
+        if stock.logits is None:
+            return facts
+        return replace(facts, no_generation=why_no_steps(model, facts.into(spec), stock))
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

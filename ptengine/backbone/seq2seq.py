@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ptengine.backbone.attention import KEYWORD
 from ptengine.backbone.heads import tapped
+from ptengine.backbone.in_row import with_own_prompt
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.patching import require_patched
-from ptengine.backbone.seq2seq_rows import SourceRows, dense_rows, empty_cache, source_rows, with_own_prompt
+from ptengine.backbone.seq2seq_rows import SourceRows, dense_rows, empty_cache, source_rows
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import LabelHidden, PackedLoss, Prompts, label_cross_entropy, vocabulary_logits
 from ptengine.errors import InputError, UnsupportedModelError

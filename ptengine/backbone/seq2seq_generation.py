@@ -16,9 +16,11 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext
+from ptengine.backbone.caches import cache_name, with_settings
+from ptengine.backbone.in_row import with_own_prompt
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import pack_rows
-from ptengine.backbone.seq2seq_rows import empty_cache, reserve, source_rows, with_own_prompt
+from ptengine.backbone.seq2seq_rows import empty_cache, reserve, source_rows
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.errors import InputError, UnsupportedModelError
 
@@ -30,6 +32,8 @@ REFUSED = {
     "encoder_outputs": "the encoder runs in the call, behind the prompt",
     "decoder_input_ids": "every target begins with the model's start token",
     "decoder_attention_mask": "targets have no padding before them",
+    "assistant_model": "it would be handed the prompt; inside `with prompt.attached(model):` model.generate takes one",
+    "assistant_early_exit": "its early layers would be handed the prompt a second time",
 }
 """Arguments of the stock `generate` that would leave out the prompt, and why they are not needed."""
 
@@ -57,7 +61,8 @@ def generate_targets(
         kwargs: of the stock `generate`.
 
     Raises:
-        InputError: a prompt does not fit the model, or a source or a target needs more positions than it has.
+        InputError: a prompt does not fit the model, a source or a target needs more positions than it has, or a cache
+            other than the dynamic one is asked for behind a prefix.
         UnsupportedModelError: a prefix for a model that does not generate behind one.
     """
     laid = source_rows(spec, list(prompts) or None, pack_rows(ids), prompt_ids if prompts else None)
@@ -65,6 +70,9 @@ def generate_targets(
         raise UnsupportedModelError(
             f"model type {spec.model_type!r} is not supported for generation behind a prefix: {spec.no_generation}"
         )
+    name = cache_name(model, kwargs)
+    if laid.prefixes and name not in (None, "dynamic"):
+        raise InputError(f"expected the dynamic cache behind a prefix, in which its slots stand empty, got {name!r}")
     for row, size in enumerate(laid.behind):
         if size + 1 + new_tokens > spec.max_positions:
             raise InputError(
@@ -77,6 +85,7 @@ def generate_targets(
         context, own = laid.context(rows), {}
         if context is not None and kwargs.get("use_cache", True) is not False:
             # The one that generate would make drops what has left a window, and with it the count of tokens.
+            kwargs = with_settings(kwargs, cache_implementation=None)
             own = {"past_key_values": EncoderDecoderCache(DynamicCache(), DynamicCache())}
         runs = model if context is None else _behind(model, spec, context)
         with with_own_prompt():

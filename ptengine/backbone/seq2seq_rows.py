@@ -8,8 +8,6 @@ and relative biases by its cache, is given one with that many empty slots. Knows
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,10 +23,7 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import Layout, Prompts, checked_prompts, lay_out, stack_prefixes
 from ptengine.errors import InputError
 
-__all__ = ["SourceRows", "carries_its_prompt", "dense_rows", "empty_cache", "reserve", "source_rows", "with_own_prompt"]
-
-# Whether the calls of this thread have their prompt in place, whatever prompt is attached to the model.
-_own_prompt: ContextVar[bool] = ContextVar("ptengine_own_prompt", default=False)
+__all__ = ["SourceRows", "dense_rows", "empty_cache", "reserve", "source_rows"]
 
 
 @dataclass(frozen=True)
@@ -79,21 +74,6 @@ class SourceRows:
             keys=keys, values=values, prefix_lengths=lengths, empty_slots=size,
             prompt_ids=torch.tensor([self.ids[row] for row in chosen], dtype=torch.int32, device=device),
         )  # fmt: skip
-
-
-@contextmanager
-def with_own_prompt() -> Iterator[None]:
-    """Calls of an encoder-decoder inside the block, in this thread, have their prompt in place."""
-    token = _own_prompt.set(True)
-    try:
-        yield
-    finally:
-        _own_prompt.reset(token)
-
-
-def carries_its_prompt() -> bool:
-    """Whether a call of this thread stands inside `with_own_prompt`."""
-    return _own_prompt.get()
 
 
 def source_rows(

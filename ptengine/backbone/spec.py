@@ -64,11 +64,12 @@ class BackboneSpec:
         why_in_row: why the shared path does not serve the model, None where it does.
         no_prefix: why the model takes no prefix of keys and values, or None where it does.
         pads: in-row only: whether the model's numbers bear padding; otherwise rows of equal length run together.
+        pads_left: in-row causal models: whether their numbers bear padding before a row's prompt, too.
         first_position: the position id of a row's first token, of encoders.
         pooling: how an encoder pools its last hidden states, see `ptengine.backbone.heads.pooled`; None for not at all.
         no_head: why the head of an encoder cannot be read behind a prompt, or None where it can.
-        no_generation: why this model does not generate behind a kept prompt (an encoder-decoder: behind a prefix), or
-            None where it does.
+        no_generation: why this model does not generate behind a kept prompt (an encoder-decoder: behind a prefix; a
+            causal model in the row: with a cache), or None where it does.
     """
 
     model_type: str
@@ -93,6 +94,7 @@ class BackboneSpec:
     why_in_row: str | None = None
     no_prefix: str | None = None
     pads: bool = True
+    pads_left: bool = False
     first_position: int = 0
     pooling: Literal["module", "first_token"] | None = None
     no_head: str | None = None

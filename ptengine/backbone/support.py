@@ -90,7 +90,11 @@ def _in_row_reason(spec: BackboneSpec) -> str:
         reason += "; rows of equal length run together, as the model's numbers depend on padding"
     if spec.no_head is not None:
         reason += f"; hidden states alone: {spec.no_head}"
-    return f"{reason}; no prefixes" + ("; no generation" if spec.kind == "causal" else "")
+    if spec.kind == "causal" and not spec.pads_left:
+        reason += "; padding before a text would change its numbers, so rows of equal length generate together"
+    if spec.kind == "causal" and spec.no_generation is not None:
+        reason += f"; no generation: {spec.no_generation}"
+    return f"{reason}; no prefixes"
 
 
 def _in_row_layers(model: Any, spec: BackboneSpec) -> tuple[LayerSupport, ...]:

@@ -101,8 +101,15 @@ class Prompt(nn.Module):
         - **Positions.** A text starts at P and counts its own tokens: padded on the left or on the right, or alone, a
           row gives the same numbers. `position_ids` count the text without the prompt and are shifted by P. A mask with
           holes, and positions of several texts in one row, are refused; so is more than the model's positions.
-        - **Cache.** It holds the text alone. One that a call inside a block with this prompt filled is continued, any
-          other that is not empty is refused, and so are static caches. `generate` takes batches padded on the left.
+        - **Cache.** It holds the text alone, dynamic, static or offloaded. One that a call inside a block with this
+          prompt filled is continued; any other that is not empty is refused, and so is one that rounds. An empty
+          dynamic cache that would drop what leaves a sliding window is told to keep it; a static one is refused.
+        - **Generation.** `generate` takes batches padded on the left, and every search of the stock one. An assistant
+          reads the text alone unless a prompt is attached to it, too. On a GPU give ``disable_compile=True`` with a
+          static cache, whose count of tokens every step reads.
+        - **Causal models in the row** (`ptengine.supports`). Virtual tokens stand before the text of every row and in
+          the cache, which therefore is not static, and are taken out of hidden states and logits. Padding on a side
+          that changes such a model's numbers is refused, as are `token_type_ids`.
         - **Gradients.** In training mode with gradients enabled the prompt runs anew in every call. Otherwise its keys
           and values are computed once and kept until a parameter changes or the block ends. `freeze` takes the
           gradients of the model's own parameters away inside the block; with ``freeze=False`` those that require one,

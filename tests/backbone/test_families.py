@@ -24,7 +24,7 @@ from ptengine.backbone import (
     unpatch,
 )
 from ptengine.errors import UnsupportedModelError
-from ptengine.prompts import Prefix, SoftPrompt
+from ptengine.prompts import Prefix
 
 from .stock import parameters, random_rows, relative, stock_loss, virtual
 from .test_generation import in_row, same, stock_prefix_search
@@ -233,10 +233,6 @@ def test_what_the_row_alone_does_not_offer() -> None:
     model = make("bloom")
     with pytest.raises(UnsupportedModelError, match="not supported by Prefix: its attention does not go"):
         Prefix(model, 3)
-    with pytest.raises(UnsupportedModelError, match="for generation: a prompt that stands in every row"):
-        generate(model, virtual(3, width=WIDTH), [[5]], max_new_tokens=1)
-    with pytest.raises(UnsupportedModelError, match="with an attached prompt"), SoftPrompt(model, 3).attached(model):
-        pass
     with patched(model), pytest.raises(UnsupportedModelError, match="keeps no prompt apart"):
         capture_prefix(model, virtual(3, width=WIDTH))
 

@@ -274,14 +274,9 @@ ERRORS: dict[str, tuple[Any, str]] = {
         lambda m: generate(m, [virtual(3)], [[5], [6]]), r"one prompt or one per input \(2\), got 1"
     ),
     "width of the prompt": (lambda m: generate(m, virtual(3, width=4), [[5]]), "width 48, got 4"),
-    "a static cache": (
-        lambda m: generate(m, virtual(3), [[5]], cache_implementation="static"), "the dynamic cache, got 'static'"
-    ),
     "positions": (lambda m: generate(m, virtual(3), [[5]], position_ids=torch.zeros(1, 1)), "no position_ids"),
     "embeddings": (lambda m: generate(m, virtual(3), [[5]], inputs_embeds=torch.zeros(1)), "no inputs_embeds"),
     "a cache": (lambda m: generate(m, virtual(3), [[5]], past_key_values=DynamicCache()), "no past_key_values"),
-    "assisted decoding": (lambda m: generate(m, virtual(3), [[5]], assistant_model=m), "no assistant_model"),
-    "prompt look-up": (lambda m: generate(m, virtual(3), [[5]], prompt_lookup_num_tokens=2), "no prompt_lookup"),
     "a model without a head": (lambda m: generate(m.model, virtual(3), [[5]]), "generate with, got LlamaModel"),
     "an encoder": (lambda m: generate(make("bert"), virtual(3), [[5]]), "LM head to generate with, got Bert"),
 }  # fmt: skip

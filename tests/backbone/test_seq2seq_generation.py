@@ -116,6 +116,45 @@ def test_a_prompt_per_row(family: str, kind: str) -> None:
         assert set(targets[:, exact.shape[1] :].flatten().tolist()) <= {model.config.pad_token_id}
 
 
+@pytest.mark.parametrize(("family", "kind"), [("t5", "soft"), ("t5", "prefix"), ("bart", "soft"), ("bart", "prefix")])
+def test_assisted_decoding_and_static_caches(family: str, kind: str) -> None:
+    """Greedy search's targets by look-up, with an assistant that has no prompt, and from a cache of fixed size."""
+    model, assistant = writer(family), make(family)
+    prompt, source = ptengine_prompt(model, kind), SOURCES[1]
+    settings = LONGEST | {"do_sample": False}
+    exact = by_stock(model, prompt.lower(), [source], do_sample=False).tolist()
+    looked_up = {"prompt_lookup_num_tokens": 2}
+    assert generate(model, prompt, [source], **settings, **looked_up).tolist() == exact
+    static = {"cache_implementation": "static"}
+    if kind == "soft":
+        assert generate(model, prompt, [source], **settings, **static).tolist() == exact
+        many = generate(model, prompt, SOURCES, **settings, num_beams=3, **static)
+        assert many.tolist() == generate(model, prompt, SOURCES, **settings, num_beams=3).tolist()
+    else:
+        with pytest.raises(
+            InputError, match="the dynamic cache behind a prefix, in which its slots stand empty, got 's"
+        ):
+            generate(model, prompt, [source], **settings, **static)
+        assert generate(model, prompt, [source], **settings, cache_implementation="dynamic").tolist() == exact
+    with pytest.raises(InputError, match="expected no assistant_model: it would be handed the prompt; inside"):
+        generate(model, prompt, [source], **settings, assistant_model=assistant)
+    ids = torch.tensor([source])
+    with prompt.attached(model):
+        for given in (looked_up, {"assistant_model": assistant}, *([static] if kind == "soft" else [])):
+            assert model.generate(ids, **settings, **given).tolist() == exact
+        if kind == "prefix":
+            with pytest.raises(InputError, match="a dynamic cache beside a prefix attached"):
+                model.generate(ids, **settings, **static)
+
+
+def ptengine_prompt(model: Any, kind: str) -> Any:
+    """A prompt that lowers to what `lowered` gives."""
+    given = lowered(model, kind)
+    if kind == "soft":
+        return ptengine.SoftPrompt(model, init="array", array=given.embeds.detach())
+    return ptengine.Prefix(model, init="array", array=torch.stack([given.keys, given.values]).detach())
+
+
 @pytest.mark.parametrize("kind", ["soft", "prefix"])
 def test_the_encoder_runs_once(kind: str) -> None:
     model, calls = make("t5"), []

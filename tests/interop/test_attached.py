@@ -240,11 +240,9 @@ def test_other_families(family: str) -> None:
         out = model(ids, attention_mask=mask).logits
         for logits, kept, wanted in zip(out, mask.bool(), exact, strict=True):
             assert relative(logits[kept], wanted) < 1e-5
-        if family == "mistral":
-            with pytest.raises(InputError, match=r"give past_key_values=DynamicCache\(\)"):
-                model.generate(ids, attention_mask=mask, **ways)
-        found = model.generate(ids, attention_mask=mask, past_key_values=DynamicCache(), **ways)
-    assert torch.equal(found[:, 12:], continued[:, 12:])
+        for cache in ({}, {"past_key_values": DynamicCache()}):
+            found = model.generate(ids, attention_mask=mask, **cache, **ways)
+            assert torch.equal(found[:, 12:], continued[:, 12:])
 
 
 def test_a_head_past_the_hooks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
 
 import ptengine
 from ptengine.backbone import attached as mechanism
@@ -172,12 +171,6 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "padding on the right to generate": (
         lambda m: m.generate(IDS, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 1, 0]]), max_new_tokens=1),
         "input 1: expected padding on the left",
-    ),
-    "a static cache": (
-        lambda m: m.generate(IDS, cache_implementation="static", max_new_tokens=2), "a dynamic cache .*got StaticCache"
-    ),
-    "a static cache in a call": (
-        lambda m: m(IDS, past_key_values=StaticCache(config=m.config, max_cache_len=9)), "got StaticCache"
     ),
     "dropout of attention": (lambda m: drop_out(m)(IDS), "eval mode, got attention dropout of 0.5"),
     "the same prompt twice": (lambda m: attach(m), "without a prompt, got one that this thread"),

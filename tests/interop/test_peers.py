@@ -8,8 +8,8 @@ The others, by the defect seen in PEFT 0.21.2, and where their tests are:
 - BERT's pooler on a virtual token: `test_attached.test_classifier`
 - tokens dropped when a cache is continued: `test_attached.test_generate_by_embeddings_look_up_and_turns`
 - a window that evicts the prefix: `backbone.test_families.test_loss_and_gradient_equal_stock`
-- a crash without a cache: `test_attached.test_generate` ("no cache"); static caches are refused in
-  `test_attached_limits.test_refused`
+- a crash without a cache, and with a static one: `test_attached.test_generate` ("no cache"),
+  `test_attached_generation.test_a_static_cache`
 - one prompt for all rows where several were meant: `backbone.test_generation.test_one_prompt_per_row`,
   `backbone.test_step.test_several_prompts_in_one_batch`
 - training that cannot be resumed: `training.test_resume`, with a reparametrised prefix, too
