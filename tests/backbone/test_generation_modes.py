@@ -224,8 +224,8 @@ def real(request: pytest.FixtureRequest) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), AutoTokenizer.from_pretrained(backbone_path())
 
 
-TEXTS = ["Once upon a time there was", "One day, a girl named Lily went to the park and"]
-STOP = {"stop_strings": ["a", "."]}
+TEXTS = ["Once upon a time there was", "The"]
+STOP = {"stop_strings": ["o", "."]}
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "num_return_sequences": 2},
@@ -243,7 +243,8 @@ MODES: dict[str, dict[str, Any]] = {
 
 def prompt_of(model: Any, tokenizer: Any, kind: str) -> Any:
     words = model.get_input_embeddings()(torch.tensor(tokenizer("Tom had a red ball.")["input_ids"]))
-    soft = VirtualTokens(words + 0.2 * torch.randn(words.shape, generator=torch.Generator().manual_seed(0)))
+    noise = torch.randn(words.shape, generator=torch.Generator().manual_seed(0))
+    soft = VirtualTokens(words + 2 * words.std() * noise)  # strong enough to change what is written
     if kind == "soft":
         return soft
     with patched(model), torch.no_grad():

@@ -155,7 +155,7 @@ def test_windows_and_the_cache_that_generate_makes(family: str, way: str) -> Non
 @pytest.mark.parametrize("mode", ["sampling", "sampled beams", "static beams", "stop strings, beams", "assisted"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_real_models_write_what_they_would_in_the_row(real: tuple[Any, Any], kind: str, mode: str) -> None:
-    (model, tokenizer), ways, row = real, dict(MODES[mode]), None
+    (model, tokenizer), ways, bare = real, dict(MODES[mode]), 0
     soft = prompt_of(model, tokenizer, "soft")
     prompt = prompt_in(model, soft, kind)
     if "stop_strings" in ways:
@@ -169,6 +169,9 @@ def test_real_models_write_what_they_would_in_the_row(real: tuple[Any, Any], kin
             torch.manual_seed(5)
             got = model.generate(torch.tensor([row]), max_new_tokens=12, pad_token_id=2, **ways)
         same_text(got[:, len(row) :], exact, tokenizer)
+        torch.manual_seed(5)
+        bare += got.tolist() == model.generate(torch.tensor([row]), max_new_tokens=12, pad_token_id=2, **ways).tolist()
+    assert bare < len(TEXTS)
 
 
 def prompt_in(model: Any, soft: VirtualTokens, kind: str) -> Any:
