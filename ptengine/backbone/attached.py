@@ -13,7 +13,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,7 +33,7 @@ from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
 from ptengine.backbone.in_row import carries_its_prompt
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
-from ptengine.backbone.patching import PATCHING, is_patched, no_mask, patch, require_patched, unpatch
+from ptengine.backbone.patching import no_mask, patched, require_patched
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import capture_prefix, check_fit, stack_prefixes
 from ptengine.backbone.stock_batch import StockBatch, read_batch
@@ -96,7 +96,7 @@ class _Host:
     model: Any
     base: nn.Module
     freeze: bool
-    was_patched: bool = False
+    patching: ExitStack = field(default_factory=ExitStack)
     attachments: list[_Attachment] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
@@ -107,9 +107,7 @@ class _Host:
     prepare: tuple[Any, dict[str, Any]] | None = None  # our wrapper, and the instance's own attribute before it
 
     def install(self) -> None:
-        with PATCHING:
-            self.was_patched = is_patched(self.model)
-            patch(self.model)
+        self.patching.enter_context(patched(self.model))
         self.training = [(module, module.training) for module in self.model.modules()]
         self.requires_grad = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
         if self.freeze:
@@ -173,8 +171,7 @@ class _Host:
             module.training = flag
         for parameter, flag in self.requires_grad:
             parameter.requires_grad_(flag)
-        if not self.was_patched:
-            unpatch(self.model)
+        self.patching.close()
 
     def current(self) -> _Attachment:
         """The attachment of the thread that calls."""

@@ -44,12 +44,17 @@ class _StockDoubtful(UnsupportedModelError):
 
 @dataclass
 class _State:
-    """What `unpatch` puts back."""
+    """What `unpatch` puts back.
+
+    Attributes:
+        blocks: how many `patched` blocks hold the model; None where it stays patched after them.
+    """
 
     implementations: list[tuple[Any, str | None]]
     spec: BackboneSpec
     handles: list[Any] = field(default_factory=list)
     prepare: dict[str, Any] = field(default_factory=dict)  # the instance's own attribute, where somebody had set one
+    blocks: int | None = None
 
 
 def patch(model: Any) -> Any:
@@ -65,7 +70,10 @@ def patch(model: Any) -> Any:
         UnsupportedModelError: neither path gives the numbers of the stock computation. The model is then as it was.
     """
     with PATCHING:
-        return model if is_patched(model) else _patch(model)
+        if not is_patched(model):
+            _patch(model)
+        model.__dict__[_STATE].blocks = None
+        return model
 
 
 def _patch(model: Any) -> Any:
@@ -264,15 +272,25 @@ def _unpatch(model: Any) -> None:
 
 @contextmanager
 def patched(model: Any) -> Iterator[Any]:
-    """Patch for the duration of a block; a model that was patched before stays so after it."""
+    """Patch for the duration of a block; a model that `patch` has patched, before or inside it, stays so after it.
+
+    Blocks may overlap, in several threads, too: the last one that ends puts the model back.
+    """
     with PATCHING:
-        was_patched = is_patched(model)
-        patch(model)
+        if not is_patched(model):
+            _patch(model)
+            model.__dict__[_STATE].blocks = 0
+        state: _State = model.__dict__[_STATE]
+        if state.blocks is not None:
+            state.blocks += 1
     try:
         yield model
     finally:
-        if not was_patched:
-            unpatch(model)
+        with PATCHING:
+            if state.blocks is not None:
+                state.blocks -= 1
+                if not state.blocks and model.__dict__.get(_STATE) is state:
+                    _unpatch(model)
 
 
 def is_patched(model: Any) -> bool:

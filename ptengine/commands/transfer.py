@@ -105,6 +105,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--source-learning-rate", type=number, metavar="X", help="on a source (default: the method's own)"
     )
     prompt.add_argument(
+        "--pool-sources", action="store_true",
+        help="tune one prompt on the rows of all sources together instead of one on each (mostly better, where the "
+        "sources have one task)",
+    )  # fmt: skip
+    prompt.add_argument(
         "--combine", default="best", metavar="NAME",
         help="start from the best source, or the mean, weighted or task_vectors of several (default: best)",
     )  # fmt: skip
@@ -241,6 +246,7 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
         test_rows=args.test_rows,
         source_steps=args.source_steps,
         source_learning_rate=args.source_learning_rate,
+        pool_sources=args.pool_sources,
         control=not args.no_control,
         cleaning=Cleaning(
             normalization=args.normalization,

@@ -47,6 +47,7 @@ __all__ = ["FlowResult", "FlowSettings", "run_flow"]
 
 CONTROL = "shuffled source"
 FROZEN = "frozen model"
+POOLED = "pooled"
 CURVE_ROWS = 100
 """Test rows of the learning curves, which decide nothing."""
 
@@ -61,6 +62,7 @@ class FlowSettings:
     test_rows: at most this many test rows, drawn by the seed; None for all.
     source_steps: optimiser steps on each source; its best evaluation on a fifth of its rows counts.
     source_learning_rate: None for the method's own.
+    pool_sources: tune one prompt, called "pooled", on the rows of all sources together instead of one on each.
     control: also transfer from sources that were trained on shuffled labels.
     cleaning: of all files; its `per_label` is for the sources.
     augmentation: changed copies of the rows to train on, of sources and target; None for none.
@@ -74,6 +76,7 @@ class FlowSettings:
     test_rows: int | None = None
     source_steps: int = 200
     source_learning_rate: float | None = None
+    pool_sources: bool = False
     control: bool = True
     cleaning: Cleaning = field(default_factory=Cleaning)
     augmentation: Augmentation | None = None
@@ -133,7 +136,8 @@ def run_flow(
 
     Args:
         model, tokenizer: the frozen backbone: causal, or a masked language model.
-        sources: name to rows; every source gets a prompt of its own. May be empty with a `bank`.
+        sources: name to rows; every source gets a prompt of its own, or all one (`FlowSettings.pool_sources`). May be
+            empty with a `bank`.
         target: the target's rows.
         test: rows to judge on; None takes those of `target` that are not among the shots.
         task: the target's; also the sources' without `source_task`.
@@ -150,15 +154,18 @@ def run_flow(
     source_task = source_task or task
     output = Path(training.output_dir)
     work = _Work(model, tokenizer, task, source_task, settings, training)
-    banked, left_out = work.banked(bank, sources)
+    banked, left_out = work.banked(bank, [POOLED] if settings.pool_sources else [*sources])
     say("cleaning")
     data = prepared(
         sources, target, test, unlabelled, task, source_task, settings.cleaning, settings.shots, settings.test_rows,
         training.seed,
     )  # fmt: skip
+    files = data.files()
+    if settings.pool_sources:
+        data = _pooled(data)
     work.check(data, len(banked))
     make_directory(output / "clean")
-    write_together(output / "clean", data.files())
+    write_together(output / "clean", files)
     curve: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
     own = PromptBank(output / "bank")
     for entry in banked:
@@ -184,7 +191,7 @@ def run_flow(
     zero_shot = {
         entry.name: judge(model, tokenizer, task, data.test, entry.load(model, tokenizer), **options)
         for entry in own.list()
-        if entry.name in {*sources, *(entry.name for entry in banked)}
+        if entry.name in {*data.sources, *(entry.name for entry in banked)}
     }
     moved.prompt.save(output / "prompt")
     return FlowResult(
@@ -215,9 +222,7 @@ class _Work:
     settings: FlowSettings
     training: TrainingConfig
 
-    def banked(
-        self, bank: PromptBank | None, sources: Mapping[str, DataSource]
-    ) -> tuple[list[BankEntry], dict[str, str]]:
+    def banked(self, bank: PromptBank | None, sources: Sequence[str]) -> tuple[list[BankEntry], dict[str, str]]:
         """The prompts of `bank` that can be sources, and why the others cannot.
 
         Raises:
@@ -243,7 +248,7 @@ class _Work:
             raise InputError(
                 f"expected a bank with a prompt to transfer from, got {str(bank.path)!r} with {left_out or 'none'}"
             )
-        both = sorted({entry.name for entry in good} & set(sources))
+        both = sorted({entry.name for entry in good}.intersection(sources))
         if both:
             raise InputError(f"expected sources with other names than the bank's prompts, got {both[0]!r} in both")
         return good, left_out
@@ -317,6 +322,13 @@ class _Work:
             source_data=_joined(shuffled), unlabelled=data.unlabelled, augmentation=self.settings.augmentation,
             resume=True,
         ).prompt  # fmt: skip
+
+
+def _pooled(data: FlowData) -> FlowData:
+    """The rows of all sources as those of one."""
+    if len(data.sources) < 2:
+        raise InputError(f"expected at least two sources to pool, got {len(data.sources)}")
+    return replace(data, sources={POOLED: _joined(data.sources)})
 
 
 def _shuffled(rows: Rows, task: VerbalizedTask, seed: int) -> Rows:

@@ -127,7 +127,7 @@ def test_nested() -> None:
     with patched(model):
         inside = traces(model)
         with patched(model):
-            patch(model)
+            pass
         assert traces(model) == inside  # the inner block does not undo the outer one
     assert traces(model) == before
     with pytest.raises(KeyError), patched(model):
@@ -137,6 +137,27 @@ def test_nested() -> None:
     with patched(model):
         pass
     assert is_patched(model)
+
+
+def test_blocks_that_overlap_end_with_the_last() -> None:
+    """As in threads that generate at once: the first to end took the patch away from the others."""
+    model = make("llama")
+    first, second = patched(model), patched(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert is_patched(model)
+    second.__exit__(None, None, None)
+    assert not is_patched(model)
+    with patched(model):
+        patch(model)
+    assert is_patched(model)
+    with patched(model):
+        unpatch(model)
+    assert not is_patched(model)
+    with patched(model):  # nothing of the others is left over
+        assert is_patched(model)
+    assert not is_patched(model)
 
 
 def test_training_mode_is_kept() -> None:

@@ -125,6 +125,29 @@ def test_without_a_test_file_the_rest_of_the_target_judges(tiny: ModuleType, tmp
     assert "shuffled_gain" not in flow_report(result, tiny.words_task(), "t").data["measures"]
 
 
+def test_pooled_sources_are_one_source_of_all_their_rows(tiny: ModuleType, tmp_path: Path) -> None:
+    pooled = replace(SETTINGS, pool_sources=True)
+    result = run(tiny, tmp_path / "out", pooled)
+    bank = PromptBank(tmp_path / "out" / "bank")
+    assert [entry.name for entry in bank.list()] == ["pooled"]
+    rows = [lines(tmp_path / "out" / "clean" / f"source-{name}.jsonl") for name in "ab"]
+    held = (len(rows[0]) + len(rows[1])) // 5
+    assert bank.entry("pooled").card.data.rows == len(rows[0]) + len(rows[1]) - held
+    assert set(result.sources) == {"pooled"}
+    assert result.test["source"] == result.sources["pooled"]
+    assert CONTROL in result.test
+    other = SoftPrompt(tiny.gpt2(dropout=0.0), 3)
+    taken = PromptBank(tmp_path / "bank")
+    taken.add("pooled", other, model=tiny.gpt2(dropout=0.0), tokenizer=tiny.tokenizer(), task=tiny.words_task())
+    for message, more in (
+        ("at least two sources to pool, got 1", {"sources": {"a": tiny.rows(20, 0)}}),
+        ("other names than the bank's prompts, got 'pooled' in both", {"bank": taken}),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(tiny, tmp_path / "refused", pooled, **more)
+    assert not (tmp_path / "refused").exists()
+
+
 def test_unlabelled_texts_and_changed_copies_go_all_the_way(tiny: ModuleType, tmp_path: Path) -> None:
     target = tiny.rows(40, 2)
     texts = [{"text": row["text"]} for row in [*tiny.rows(10, 6), *target]]
