@@ -72,7 +72,8 @@ class PromptSetResult:
 
 
 class PromptSet:
-    """Trains the prompts of several trainers at once, in one batch a step against their one frozen backbone.
+    """Trains the prompts of several trainers at once, in one batch a step against their one frozen backbone: a causal
+    model, an encoder-decoder or a masked language model.
 
     Every step takes the next rows of every member, each member as many as its own settings say, runs them packed in one
     forward and backward (N prompts beside each other, read by their own rows alone), and then updates every prompt with

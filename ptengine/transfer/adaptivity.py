@@ -88,8 +88,8 @@ def prompt_adaptivity(
         background: texts of other domains, that domain terms stand out from.
 
     Raises:
-        InputError: no texts, no text of two tokens, a prompt of another backbone, or no causal model and no masked
-            language model with its head.
+        InputError: no texts, no text of two tokens, a prompt of another backbone, no causal model and no masked
+            language model with its head, or one whose tokenizer has no mask.
     """
     spec = backbone_spec(model)
     if spec.kind == "seq2seq" or spec.lm_head is None:
@@ -97,6 +97,8 @@ def prompt_adaptivity(
             "expected a causal model or a masked language model with its head to score a prompt's fit, got "
             f"{type(model).__name__}"
         )
+    if spec.kind == "encoder" and tokenizer.mask_token_id is None:
+        raise InputError(f"expected a tokenizer with a mask token, got {type(tokenizer).__name__} without one")
     for prompt in prompts.values():
         check_prompt(prompt, model)
     most = max((prompt.num_virtual_tokens for prompt in prompts.values() if prompt is not None), default=0)

@@ -62,6 +62,8 @@ def test_a_masked_language_model_reads_a_text_seven_times(tiny: ModuleType) -> N
     assert found.template_perplexity is not None
     bare = prompt_adaptivity(model, tokens, Template("{text}{mask}"), [text], {"it": None})["it"]
     assert bare.template_perplexity is None
+    with pytest.raises(InputError, match=r"a tokenizer with a mask token, got .* without one"):
+        prompt_adaptivity(model, tiny.tokenizer(), Template("{text}"), [text], {"it": None})
 
 
 def test_a_prompt_of_words_is_found_among_them(tiny: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
