@@ -1,8 +1,8 @@
-"""An attached prompt under torch.compile, and on a model whose weights torchao holds as int8."""
+"""An attached prompt under torch.compile, and on models whose weights torchao or bitsandbytes hold in fewer bits."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -52,13 +52,47 @@ def test_torch_compile(family: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_int8_weights_of_torchao(family: str, kind: str) -> None:
-    """The numbers of the quantised model with the prompt in the row, gradients and greedy texts too."""
     quantization = pytest.importorskip("torchao.quantization", reason="needs torchao")
     model = make(family)
-    before = model.get_output_embeddings().weight.clone()
+    before = type(model.get_output_embeddings().weight)
+
+    def quantize() -> None:
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+
+    check_quantised(model, kind, quantize)
+    assert type(model.get_output_embeddings().weight) is not before
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_4_bit_weights_of_bitsandbytes(kind: str) -> None:
+    """As of QLoRA: NF4, computed in fp32; on a CPU by bitsandbytes' own backend for it."""
+    bnb = pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    model = make("llama")
+
+    def quantize() -> None:
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, linear in [*part.named_children()]:
+                    if not isinstance(linear, torch.nn.Linear):
+                        continue
+                    bias = linear.bias is not None
+                    packed = bnb.nn.Linear4bit(
+                        linear.in_features, linear.out_features, bias, compute_dtype=torch.float32, quant_type="nf4"
+                    )
+                    packed.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, quant_type="nf4")
+                    packed.bias = linear.bias
+                    setattr(part, name, packed)
+        model.to("cpu")  # which packs the weights
+
+    check_quantised(model, kind, quantize)
+    assert model.model.layers[0].mlp.up_proj.weight.dtype == torch.uint8
+
+
+def check_quantised(model: Any, kind: str, quantize: Callable[[], None]) -> None:
+    """The numbers of the quantised model with the prompt in the row, gradients and greedy texts too."""
     rows, prompt = random_rows(*LENGTHS), prompt_for(model, kind)
     full = alone(model, prompt, rows[0])
-    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    quantize()
     ids, mask = pad(rows, "left", value=50)
     labels, _ = pad(labels_for(rows), "left", value=-100)
     settings: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
@@ -73,5 +107,4 @@ def test_int8_weights_of_torchao(family: str, kind: str) -> None:
         assert relative(logits[kept], alone(model, prompt, row)) < 1e-5
     stock_loss(model, [prompt.lower()] * len(rows), rows, labels_for(rows)).backward()
     assert relative(found, gradients(prompt)) < 1e-5
-    assert 1e-3 < relative(alone(model, prompt, rows[0]), full) < 0.2  # other weights than before
-    assert type(model.get_output_embeddings().weight) is not type(before)
+    assert relative(alone(model, prompt, rows[0]), full) > 1e-3  # other weights than before
