@@ -309,6 +309,7 @@ def test_a_search_of_ones_own(real: tuple[Any, Any]) -> None:
             step = ids if not states["past_key_values"].get_seq_length() else ids[:, -1:]
             logits = model(**model.prepare_inputs_for_generation(step, **states)).logits
             ids = torch.cat([ids, logits[:, -1].argmax(-1, keepdim=True)], dim=1)
+            states["attention_mask"] = torch.ones_like(ids)
         return ids
 
     settings = {"max_new_tokens": 12, "do_sample": False} | NEVER_ENDS

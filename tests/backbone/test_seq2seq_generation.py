@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 
 import ptengine
@@ -123,8 +125,11 @@ def test_assisted_decoding_and_static_caches(family: str, kind: str) -> None:
     prompt, source = ptengine_prompt(model, kind), SOURCES[1]
     settings = LONGEST | {"do_sample": False}
     exact = by_stock(model, prompt.lower(), [source], do_sample=False).tolist()
-    looked_up = {"prompt_lookup_num_tokens": 2}
-    assert generate(model, prompt, [source], **settings, **looked_up).tolist() == exact
+    # Before, the stock assisted search of a BART ended at its start token, which is its EOS.
+    is_assisted = family != "bart" or Version(transformers.__version__) >= Version("5.23")
+    looked_up: dict[str, Any] = {"prompt_lookup_num_tokens": 2}
+    if is_assisted:
+        assert generate(model, prompt, [source], **settings, **looked_up).tolist() == exact
     static = {"cache_implementation": "static"}
     if kind == "soft":
         assert generate(model, prompt, [source], **settings, **static).tolist() == exact
@@ -140,7 +145,8 @@ def test_assisted_decoding_and_static_caches(family: str, kind: str) -> None:
         generate(model, prompt, [source], **settings, assistant_model=assistant)
     ids = torch.tensor([source])
     with prompt.attached(model):
-        for given in (looked_up, {"assistant_model": assistant}, *([static] if kind == "soft" else [])):
+        ways = [looked_up, {"assistant_model": assistant}] if is_assisted else []
+        for given in [*ways, *([static] if kind == "soft" else [])]:
             assert model.generate(ids, **settings, **given).tolist() == exact
         if kind == "prefix":
             with pytest.raises(InputError, match="a dynamic cache beside a prefix attached"):
