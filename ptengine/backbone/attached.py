@@ -27,7 +27,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ptengine.backbone.attached_pairs import PairHooks
 from ptengine.backbone.attached_rows import StockContext, in_row, padded_left, text_part, with_offsets
 from ptengine.backbone.attention import KEYWORD
-from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
+from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens, require_seen, seen_slots
 from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
@@ -223,8 +223,8 @@ class _Host:
         if isinstance(lowered, VirtualTokens):
             return (), in_row(call, batch, lowered, spec)
         call["position_ids"] = batch.positions + spec.first_position
-        key_slots = past + shape[1] if is_static(call.get("past_key_values")) else None
-        context = replace(_context(spec, lowered, batch), key_slots=key_slots)
+        context = _context(spec, lowered, batch)
+        context = replace(context, key_slots=seen_slots(call.get("past_key_values"), shape[1]))
         if spec.kind == "encoder":
             call, context = padded_left(call, batch, context)
         return (), call | {KEYWORD: context, "attention_mask": no_mask(batch.positions.device)}
@@ -272,12 +272,7 @@ class _Host:
         past = filled_slots(cache)
         if not past:
             setattr(cache, _CACHE_OWNER, weakref.ref(attachment.prompt))
-        owner = getattr(cache, _CACHE_OWNER, None)
-        if past and (owner is None or owner() is not attachment.prompt):
-            raise InputError(
-                f"expected past_key_values filled while this prompt was attached, got {past} tokens of another call: "
-                "they stand at other positions and have not seen the prompt"
-            )
+        require_seen(past, getattr(cache, _CACHE_OWNER, None), attachment.prompt)
         return past
 
     def _wrap_prepare(self, prepare: Any) -> Any:
@@ -408,18 +403,12 @@ def attached(model: Any, prompt: nn.Module, *, freeze: bool = True) -> Iterator[
         host.attachments.append(attachment)
     try:
         spec = require_patched(model)
-        apart = spec.kind != "seq2seq" or attachment.is_prefix
-        if (
-            spec.path == "shared" and apart and spec.no_generation is not None
-        ):  # stock batches behind a kept prompt are what is attached, too
+        is_kept = spec.path == "shared" and (spec.kind != "seq2seq" or attachment.is_prefix)
+        if is_kept and spec.no_generation is not None:  # stock batches behind a kept prompt are what is attached, too
             raise UnsupportedModelError(
                 f"model type {spec.model_type!r} is not supported with an attached prompt: {spec.no_generation}"
             )
         check_fit(spec, lowered)
-        if host._runs_rows() and not isinstance(lowered, VirtualTokens):
-            raise UnsupportedModelError(
-                f"model type {spec.model_type!r} is supported with virtual tokens alone: {spec.why_in_row}"
-            )
         _here.set((attachment, *_here.get()))
         yield _wrapper(attachment)
     finally:

@@ -20,7 +20,7 @@ from transformers import EncoderDecoderCache
 
 from ptengine.backbone.attached_rows import gather_slots
 from ptengine.backbone.attention import KEYWORD, PrefixContext
-from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens
+from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens, require_seen
 from ptengine.backbone.in_row import carries_its_prompt
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, KeyValuePrefix, VirtualTokens
@@ -240,12 +240,7 @@ def _past(cache: Any, attached: Attached) -> int:
     if attached.is_prefix:  # whose slots stand empty in the cache; behind virtual tokens the decoder is the stock one
         _require_countable(cache)
     past = filled_slots(cache)
-    owner = getattr(cache, _SEEN, None)
-    if past and (owner is None or owner() is not attached.prompt):
-        raise InputError(
-            f"expected past_key_values filled while this prompt was attached, got {past} tokens of another call, which "
-            "have not seen the prompt"
-        )
+    require_seen(past, getattr(cache, _SEEN, None), attached.prompt)
     return past
 
 

@@ -7,9 +7,9 @@ all, as they were. Knows no prompts and no hooks.
 from __future__ import annotations
 
 import copy
+import weakref
 from typing import Any
 
-from torch import Tensor
 from transformers import Cache, DynamicCache, QuantizedCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
@@ -21,6 +21,7 @@ __all__ = [
     "filled_slots",
     "is_static",
     "keep_all_tokens",
+    "require_seen",
     "seen_slots",
     "whole_cache",
     "with_settings",
@@ -86,9 +87,22 @@ def filled_slots(cache: Any) -> int:
     return 0 if cache is None else int(cache.get_seq_length())
 
 
-def seen_slots(cache: Any, tokens: Tensor) -> int | None:
-    """The slots that hold something once `tokens` [B, T] or [B, T, d] are in a static cache; None for others."""
-    return filled_slots(cache) + tokens.shape[1] if is_static(cache) else None
+def seen_slots(cache: Any, length: int) -> int | None:
+    """The slots that hold something once `length` more tokens a row are in a static cache; None for others."""
+    return filled_slots(cache) + length if is_static(cache) else None
+
+
+def require_seen(past: int, filler: weakref.ref[Any] | None, prompt: Any) -> None:
+    """Refuse `past` tokens of a cache that somebody else than `prompt` stood before; `filler` is whom it notes.
+
+    Raises:
+        InputError: another prompt, or none.
+    """
+    if past and (filler is None or filler() is not prompt):
+        raise InputError(
+            f"expected past_key_values filled while this prompt was attached, got {past} tokens of another call: they "
+            "stand at other positions and have not seen the prompt"
+        )
 
 
 def keep_all_tokens(cache: Any) -> None:

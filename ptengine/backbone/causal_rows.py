@@ -22,7 +22,7 @@ from transformers.cache_utils import StaticLayer
 
 from ptengine.backbone.attached_rows import gather_slots
 from ptengine.backbone.attention import per_row
-from ptengine.backbone.caches import is_static
+from ptengine.backbone.caches import is_static, require_seen
 from ptengine.backbone.families import UNLIMITED
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import VirtualTokens
@@ -232,14 +232,8 @@ def _past(cache: Any, rows: RowPrompts) -> int:
     mark = getattr(cache, _MARK, None)
     noted = 0 if mark is None else mark[1] + mark[2]
     slots = noted if _holds_states_alone(cache) else int(cache.get_seq_length())
-    if not slots:
-        return 0
-    if mark is None or mark[0]() is not rows.owner:
-        raise InputError(
-            f"expected past_key_values filled while this prompt was attached, got {slots} tokens of another call, "
-            "which have not seen the prompt"
-        )
-    return slots - int(mark[1])
+    require_seen(slots, None if mark is None else mark[0], rows.owner)
+    return slots - int(mark[1]) if slots and mark is not None else 0
 
 
 def _require_steps(spec: BackboneSpec) -> None:

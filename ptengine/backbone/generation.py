@@ -184,13 +184,9 @@ def _generate_in_row(
     lowered, chosen = _lowered(prompt, len(ids))
     texts = pack_rows(ids).to(spec.word_embeddings.weight.device)
     prompts, prompt_ids = own_prompts(spec, lowered, chosen, texts)
-    virtual = [one for one in prompts if isinstance(one, VirtualTokens)]
     for one in prompts:
-        check_fit(spec, one)
-    if len(virtual) < len(prompts):
-        raise UnsupportedModelError(
-            f"model type {spec.model_type!r} is supported with virtual tokens alone: {spec.why_in_row}"
-        )
+        check_fit(spec, one)  # nothing but virtual tokens fits
+    virtual = [one for one in prompts if isinstance(one, VirtualTokens)]
     new = _new_tokens(model, max(len(row) for row in ids), kwargs)
     _check_length(spec, ids, [virtual[i] if i >= 0 else None for i in prompt_ids], new)
     return generate_in_row(model, spec, virtual, prompt_ids, ids, _padding_token(model, tokenizer, kwargs), kwargs)

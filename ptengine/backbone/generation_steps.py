@@ -77,7 +77,7 @@ def wrap_prepare(prepare: Callable[..., dict[str, Any]], spec: BackboneSpec) -> 
         starts = active.context.key_starts
         if starts is not None:  # a piece of a prefill may end before some rows begin
             starts = starts.clamp(max=mask.shape[1])
-        context = replace(active.context, key_slots=seen_slots(cache, tokens), key_starts=starts)
+        context = replace(active.context, key_slots=seen_slots(cache, step), key_starts=starts)
         inputs |= {KEYWORD: context, "position_ids": positions[:, -step:] + spec.first_position}
         if active.offsets is not None and context.prompt_ids is not None:
             repeats = rows // context.prompt_ids.numel()  # of every row, by beams and returned sequences
