@@ -6,11 +6,13 @@ noted, not refused: such a model runs without padding on the left, or without a 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptengine.backbone.in_row_generation import generate_in_row, prompts_in_rows
 from ptengine.backbone.lowering import VirtualTokens
@@ -57,12 +59,32 @@ def why_no_steps(model: Any, spec: BackboneSpec, stock: StockRows) -> str | None
     hook = model.register_forward_hook(lambda _module, _args, out: logits.append(out.logits[:, -1]))
     try:
         given: dict[str, Any] = {**settings, "do_sample": False, "num_beams": 1, "use_cache": True}
-        written = generate_in_row(model, spec, prompts, [0] * len(stock.ids), stock.ids, stock.ids[0][0], given)
+        with _as_found(model):  # or the stock steps would count positions as in this batch
+            written = generate_in_row(model, spec, prompts, [0] * len(stock.ids), stock.ids, stock.ids[0][0], given)
     except Exception as error:
         return f"a trial of its steps with a cache failed ({first_line(error)})"
     finally:
         hook.remove()
     return _differ(model, spec, stock, written, _by_row(spec, stock, logits))
+
+
+@contextmanager
+def _as_found(model: nn.Module) -> Iterator[None]:
+    """Afterwards no module has an attribute that calls inside the block have set.
+
+    Some keep what they counted of a batch, as Qwen-VL's `rope_deltas`, and fail on the next one of another size.
+    """
+    before = {module: dict(vars(module)) for module in model.modules()}
+    try:
+        yield
+    finally:
+        for module, attributes in before.items():
+            now = vars(module)
+            for name in [*now]:
+                if name not in attributes:
+                    del now[name]
+                elif now[name] is not attributes[name]:
+                    now[name] = attributes[name]
 
 
 def _by_row(spec: BackboneSpec, stock: StockRows, logits: list[Any]) -> list[Tensor]:

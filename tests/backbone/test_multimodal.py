@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import family_seq2seq
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
@@ -94,6 +95,22 @@ def test_an_image_behind_an_attached_prompt() -> None:
         got = model(ids, pixel_values=pixels).logits
     assert relative(got, exact) < 1e-5
     assert relative(blind, exact) > 1e-2
+
+
+def test_a_hybrid_that_remembers_a_batch() -> None:
+    """Patching tries `generate`, whose offsets of positions the model keeps: stock calls of other sizes then failed."""
+    model = family_seq2seq.build("qwen3_5", "multimodal")
+    before, ids = traces(model), torch.tensor(random_rows(9, 9))
+    embeds = model.get_input_embeddings()(ids)
+    kept = model.model.rope_deltas
+    with torch.no_grad(), patched(model):
+        assert backbone_spec(model).path == "in_row"
+        assert backbone_spec(model).no_generation is None
+        assert model.model.rope_deltas is kept
+        got = model(inputs_embeds=embeds).logits
+    assert traces(model) == before
+    with torch.no_grad():
+        assert torch.equal(got, model(inputs_embeds=embeds).logits)
 
 
 def test_positions_of_text_along_several_axes() -> None:

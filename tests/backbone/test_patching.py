@@ -155,6 +155,11 @@ def test_blocks_that_overlap_end_with_the_last() -> None:
     with patched(model):
         unpatch(model)
     assert not is_patched(model)
+    with patched(model):
+        unpatch(model)
+        patch(model)
+    assert is_patched(model)
+    unpatch(model)
     with patched(model):  # nothing of the others is left over
         assert is_patched(model)
     assert not is_patched(model)

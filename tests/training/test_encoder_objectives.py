@@ -111,6 +111,15 @@ def test_a_causal_prompt_between_words_trains_and_says_what_it_costs(tiny: Modul
         PromptSet([trainer], tmp_path / "set")
 
 
+@pytest.mark.parametrize("template", [PLACED, "{prompt:4} {text} it was {mask}"])
+def test_a_set_refuses_virtual_tokens_inside_masked_rows(tiny: ModuleType, tmp_path: Path, template: str) -> None:
+    """Those before the text stand behind [CLS]."""
+    model, tokens = tiny.bert(BertForMaskedLM), tiny.tokenizer(special=True)
+    trainer = tiny.trainer(tmp_path, model, SoftPrompt(model, 4), masked_task(template), tokens=tokens)
+    with pytest.raises(InputError, match=r"member 0: .*before the text.*MaskedClassificationTask with the template"):
+        PromptSet([trainer], tmp_path / "set")
+
+
 def test_places_before_all_text_are_the_shared_prompt(tiny: ModuleType, tmp_path: Path, recwarn: Any) -> None:
     """The same losses as without a place, to the bit: it is the same computation."""
     losses = []
