@@ -17,8 +17,8 @@ class, on the same shots, batches of 16 rows and constant rates:
     joint         from the selected one, with 0.5 * source loss + 0.5 * target loss: "anchored" in the summary
     anchor        from the selected one, with a penalty on the distance from the start
     shuffled      plain, from the control prompt of the selected source
-    pooled        plain, from one prompt tuned on all other domains' rows together
-    pooled_source_only  that prompt untouched
+    pooled        plain, from one prompt tuned on all other domains' rows together; with `_source_only`, `_joint`,
+                  `_anchor` and `_shuffled` the same as above from that prompt
 
 `guard` runs `ptengine.transfer.transfer` with a guard from prompts of unrelated tasks, 16 shots, and scores what it
 kept and its scratch on the test rows. Beside them stands a bag of words, from the shots and from all rows of the other
@@ -47,9 +47,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from train_step import SHARED, environment
-from transfer_lab import KINDS, LANGUAGES, METHODS, SOURCE_RATES, Fit, Lab
+from transfer_lab import KINDS, LANGUAGES, METHODS, POOLED_KINDS, SOURCE_RATES, Fit, Lab
 
 from ptengine.files import write_json_atomic
+from ptengine.prompts.base import Prompt
 from ptengine.transfer import Anchor, Guard, Joint, Strategy, transfer, transfer_measures
 from ptengine.transfer.arithmetic import start_from
 from ptengine.transfer.losses import TransferLoss
@@ -57,9 +58,11 @@ from ptengine.transfer.measures import paired_interval
 
 RATES = (3.0, 1.0, 0.3, 0.1)
 """Of scratch, times the method's own rate."""
+PLAIN_SETTING = "1 x rate, 1 x steps"
+"""Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
 STRATEGIES = {"joint": Strategy(joint=Joint(0.5)), "anchor": Strategy(anchor=Anchor(1.0))}
 SCORES = ("source_only", "plain", *STRATEGIES, "shuffled", "oracle")
-POOLED = ("pooled_source_only", "pooled")
+POOLED = ("pooled_source_only", "pooled", *(f"pooled_{name}" for name in STRATEGIES), "pooled_shuffled")
 SHORT = {"shots": [16], "methods": ["soft"], "seeds": 2, "steps": 30, "source_steps": 50, "test_rows": 120,
          "guard_seeds": 1, "max_length": 64}  # fmt: skip
 FULL = {"shots": [16, 32], "methods": ["soft", "deep"], "seeds": 6, "steps": 40, "source_steps": 200, "test_rows": 300,
@@ -118,23 +121,23 @@ def run_pairs(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: P
         else:
             of["plain_from"][name] = result.metrics["accuracy"]
     for key, of in found.items():
-        of |= strategies(lab, key, of["selected"], settings)
+        start, rows = lab.source(method, "sources", of["selected"]), lab.encode(of["selected"], "train")
+        of |= strategies(lab, key, start, rows, settings)
         of |= {"plain": of["plain_from"][of["selected"]], "oracle": max(of["plain_from"].values())}
         write_json_atomic(path_of(out, key), of)
         print(f"{'/'.join(map(str, key))}: " + ", ".join(f"{name} {of[name]:.3f}" for name in SCORES), flush=True)
 
 
-def strategies(lab: Lab, key: Key, selected: str, settings: Mapping[str, Any]) -> dict[str, float]:
-    """Test accuracy of the selected prompt untouched, and of each strategy from it."""
-    method, count, target, seed = key
+def strategies(lab: Lab, key: Key, start: Prompt, rows: Any, settings: Mapping[str, Any]) -> dict[str, float]:
+    """Test accuracy of the source prompt `start`, which was tuned on `rows`, untouched and of each strategy from it."""
+    _, count, target, seed = key
     shots, test = lab.shots(target, count, seed), lab.encode(target, "test")
-    start = lab.source(method, "sources", selected)
     scores = {"source_only": lab.accuracy(start, test)}
     for name, strategy in STRATEGIES.items():
         prompt = start_from(lab.model, start)
         loss = TransferLoss(
             strategy, model=lab.model, tokenizer=lab.tokenizer, start=start, config=lab.config("unused", seed),
-            source_task=lab.task, source_data=lab.encode(selected, "train"),
+            source_task=lab.task, source_data=rows,
         )  # fmt: skip
         steps = settings["steps"]
         lab.fit(Fit(prompt, shots, None, steps, steps, prompt.default_learning_rate(), seed), loss)
@@ -143,28 +146,34 @@ def strategies(lab: Lab, key: Key, selected: str, settings: Mapping[str, Any]) -
 
 
 def run_pooled(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
-    """Add to every pair of `method` what the prompt of all other domains scores, untouched and tuned on the shots."""
-    lab.make_sources(method, "pooled")
-    untouched = {
-        target: lab.accuracy(lab.source(method, "pooled", target), lab.encode(target, "test", settings["test_rows"]))
-        for target in settings["targets"]
-    }
+    """Add to every pair of `method` what comes of the prompt of all other domains."""
+    for kind in POOLED_KINDS:
+        lab.make_sources(method, kind)
+    rows = {target: lab.encoding(lab.lesson("pooled", target)[0], target) for target in settings["targets"]}
     for group in pair_keys(settings, settings["targets"]):
-        keys = [key for key in group if key[0] == method and path_of(out, key).exists()]
-        found = {key: json.loads(path_of(out, key).read_text()) for key in keys}
-        keys = [key for key in keys if POOLED[1] not in found[key]]
-        if not keys or time.monotonic() > deadline:
-            continue
-        fits = []
-        for _, count, target, seed in keys:
-            prompt = start_from(lab.model, lab.source(method, "pooled", target))
-            shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
-            steps = settings["steps"]
-            fits.append(Fit(prompt, shots, test, steps, steps, prompt.default_learning_rate(), seed))
-        for key, result in zip(keys, lab.fit_all(fits), strict=True):
-            scores = dict(zip(POOLED, (untouched[key[2]], result.metrics["accuracy"]), strict=True))
-            write_json_atomic(path_of(out, key), found[key] | scores)
+        for key in group:
+            path = path_of(out, key)
+            if key[0] != method or not path.exists() or time.monotonic() > deadline:
+                continue
+            found = json.loads(path.read_text())
+            if set(POOLED) <= set(found):
+                continue
+            scores = pooled_scores(lab, key, rows[key[2]], settings)
+            write_json_atomic(path, found | scores)
             print(f"{'/'.join(map(str, key))}: {scores}", flush=True)
+
+
+def pooled_scores(lab: Lab, key: Key, rows: Any, settings: Mapping[str, Any]) -> dict[str, float]:
+    method, count, target, seed = key
+    shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
+    start = lab.source(method, "pooled", target)
+    found = {f"pooled_{name}": score for name, score in strategies(lab, key, start, rows, settings).items()}
+    fits = []
+    for kind in POOLED_KINDS:
+        prompt, steps = start_from(lab.model, lab.source(method, kind, target)), settings["steps"]
+        fits.append(Fit(prompt, shots, test, steps, steps, prompt.default_learning_rate(), seed))
+    plain, control = lab.fit_all(fits)
+    return found | {"pooled": plain.metrics["accuracy"], "pooled_shuffled": control.metrics["accuracy"]}
 
 
 def run_guard(
@@ -202,14 +211,15 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
     for name in pairs:
         groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
     found: dict[str, Any] = {}
-    scored = (*SCORES, *(POOLED if all(POOLED[1] in pair for pair in pairs.values()) else ()))
-    columns: dict[str, list[float]] = {name: [] for name in ("scratch", *scored)}
+    scored = (*SCORES, *(name for name in POOLED if all(name in pair for pair in pairs.values())))
+    columns: dict[str, list[float]] = {name: [] for name in ("scratch", "scratch_of_one_setting", *scored)}
     for group, names in sorted(groups.items()):
         configurations = pairs[names[0]]["scratch"]
         mean = {of: statistics.mean(pairs[name]["scratch"][of] for name in names) for of in configurations}
         best = max(mean, key=mean.__getitem__)
         scores = {of: [pairs[name][of] for name in names] for of in scored}
         scores["scratch"] = [pairs[name]["scratch"][best] for name in names]
+        scores["scratch_of_one_setting"] = [pairs[name]["scratch"][PLAIN_SETTING] for name in names]
         found[group] = {"scratch_configuration": best, **compared(scores)}
         for of, values in scores.items():
             columns[of] += values
@@ -234,25 +244,33 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
 
 def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     scratch = scores["scratch"]
-    better = [max(pair) for pair in zip(scores["source_only"], scratch, strict=True)]
-    oracle_gain = statistics.mean(scores["oracle"]) - statistics.mean(scratch)
-    chosen_gain = statistics.mean(scores["plain"]) - statistics.mean(scratch)
-    return {
+    found: dict[str, Any] = {
         "pairs": len(scratch),
         "accuracy": {name: statistics.mean(values) for name, values in scores.items()},
-        "measures": {
-            name: {
-                of: value.to_json()
-                for of, value in transfer_measures(scratch, scores[name], shuffled=scores["shuffled"]).items()
-            }
-            for name in ("source_only", "plain", *STRATEGIES, *POOLED)
+        "measures": {},
+        "anchored_over_plain": {},
+        "anchored_over_better_of_source_only_and_scratch": {},
+    }
+    for start, plain in (("", "plain"), ("pooled_", "pooled")):
+        if plain not in scores:
+            continue
+        control = scores.get(f"{start}shuffled", scores["shuffled"])
+        for name in (f"{start}source_only", plain, *(f"{start}{name}" for name in STRATEGIES)):
+            if name in scores:
+                measures = transfer_measures(scratch, scores[name], shuffled=control)
+                found["measures"][name] = {of: value.to_json() for of, value in measures.items()}
+        better = [max(pair) for pair in zip(scores[f"{start}source_only"], scratch, strict=True)]
+        for name in (f"{start}{name}" for name in STRATEGIES):
+            if name in scores:
+                for of, other in (("plain", scores[plain]), ("better_of_source_only_and_scratch", better)):
+                    found[f"anchored_over_{of}"][name] = paired_interval([scores[name], other], gain).to_json()
+    oracle_gain = statistics.mean(scores["oracle"]) - statistics.mean(scratch)
+    chosen_gain = statistics.mean(scores["plain"]) - statistics.mean(scratch)
+    return found | {
+        "shuffled_over_scratch_of_its_setting": {
+            name: paired_interval([scores[name], scores["scratch_of_one_setting"]], gain).to_json()
+            for name in ("shuffled", "pooled_shuffled")
             if name in scores
-        },
-        "anchored_over_plain": {
-            name: paired_interval([scores[name], scores["plain"]], gain).to_json() for name in STRATEGIES
-        },
-        "anchored_over_better_of_source_only_and_scratch": {
-            name: paired_interval([scores[name], better], gain).to_json() for name in STRATEGIES
         },
         "better_of_means": max(statistics.mean(scores["source_only"]), statistics.mean(scratch)),
         "selection_share_of_oracle_gain": chosen_gain / oracle_gain if oracle_gain > 0 else None,

@@ -2,7 +2,8 @@
 
 Source prompts lie in banks, one per method and kind: `sources` (tuned on a domain's training rows), `shuffled` (the
 control: the same rows, validation rows too, with their labels shuffled) and `unrelated` (another task with the same
-label words, for the guard), and `pooled` (for every target one prompt, tuned on all other domains' rows together).
+label words, for the guard), `pooled` (for every target one prompt, tuned on all other domains' rows together) and
+`pooled-shuffled` (the control of those).
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ LANGUAGES = {
 }
 METHODS = ("soft", "deep")
 KINDS = ("sources", "shuffled", "unrelated")
+POOLED_KINDS = ("pooled", "pooled-shuffled")
 POOLED_STEPS = 1.5
 """Of a pooled prompt, times those of a source."""
 SOURCE_RATES = (3.0, 1.0)
@@ -217,17 +219,22 @@ class Lab:
         return PromptBank(self.cache / f"{method}-{kind}")
 
     def source_names(self, kind: str) -> list[str]:
-        named = {"unrelated": self.language.unrelated, "pooled": self.language.targets}
-        return list(named.get(kind, self.domains()))
+        if kind in POOLED_KINDS:
+            return list(self.language.targets)
+        return list(self.language.unrelated if kind == "unrelated" else self.domains())
+
+    def other_domains(self, target: str) -> list[str]:
+        return [domain for domain in self.domains() if domain != target]
 
     def lesson(self, kind: str, name: str) -> tuple[Rows, EncodedSplit]:
         """What a banked prompt is tuned on, and the rows that choose its best step."""
-        if kind == "pooled":
-            others = [domain for domain in self.domains() if domain != name]
+        if kind in POOLED_KINDS:
+            others = self.other_domains(name)
+            rows = [row for domain in others for row in self.rows(domain, "train")]
             held = [row for domain in others for row in self.sample(domain, "validation", 30)]
-            return [row for domain in others for row in self.rows(domain, "train")], self.encoding(held, name)
-        rows, held = self.rows(name, "train"), self.sample(name, "validation", 120)
-        if kind == "shuffled":  # also the rows that choose the best step: right labels there would teach
+        else:
+            rows, held = self.rows(name, "train"), self.sample(name, "validation", 120)
+        if kind.endswith("shuffled"):  # also the rows that choose the best step: right labels there would teach
             rows, held = shuffled(rows), shuffled(held)
         return rows, self.encoding(held, name)
 
@@ -236,7 +243,7 @@ class Lab:
         bank = self.bank(method, kind)
         there = {entry.name for entry in bank.list()}
         missing = [name for name in self.source_names(kind) if name not in there]
-        steps = round(self.source_steps * (POOLED_STEPS if kind == "pooled" else 1))
+        steps = round(self.source_steps * (POOLED_STEPS if kind in POOLED_KINDS else 1))
         fits, facts = [], []
         for name in missing:
             rows, held = self.lesson(kind, name)

@@ -15,6 +15,8 @@ import transfer_corpus as corpus
 import transfer_fewshot as experiment
 from transfer_lab import LANGUAGES, Lab
 
+ONE = experiment.PLAIN_SETTING
+
 
 def pair(scratch: dict[str, float], plain: float, source_only: float = 0.4, oracle: float = 0.8) -> dict[str, Any]:
     return {
@@ -26,8 +28,8 @@ def pair(scratch: dict[str, float], plain: float, source_only: float = 0.4, orac
 def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
     """Not with the best of each pair, which would be 0.65 on average."""
     pairs = {
-        "soft-16-music-0": pair({"a": 0.5, "b": 0.6}, 0.7, source_only=0.7),
-        "soft-16-music-1": pair({"a": 0.7, "b": 0.62}, 0.62),
+        "soft-16-music-0": pair({ONE: 0.5, "b": 0.6}, 0.7, source_only=0.7),
+        "soft-16-music-1": pair({ONE: 0.7, "b": 0.62}, 0.62),
     }
     guards = {
         "one": {"chosen": "scratch", "kept": 0.7, "scratch": 0.7, "transferred": 0.5},
@@ -50,17 +52,37 @@ def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
 
 
 def test_pooled_prompts_count_once_every_pair_has_them() -> None:
-    pairs = {f"soft-16-music-{seed}": pair({"a": 0.5}, 0.7) for seed in range(2)}
-    pairs["soft-16-music-0"] |= {"pooled": 0.6, "pooled_source_only": 0.4}
+    """Against their own control and their own prompt untouched, not those of the single source."""
+    pairs = {f"soft-16-music-{seed}": pair({ONE: 0.5}, 0.7) for seed in range(2)}
+    pooled = {"pooled": 0.6, "pooled_source_only": 0.4, "pooled_joint": 0.65, "pooled_anchor": 0.6}
+    pairs["soft-16-music-0"] |= pooled
     assert "pooled" not in experiment.summary(pairs, {})["all"]["measures"]
-    pairs["soft-16-music-1"] |= {"pooled": 0.8, "pooled_source_only": 0.4}
-    found = experiment.summary(pairs, {})["all"]["measures"]
-    assert found["pooled"]["absolute_gain"]["value"] == pytest.approx(0.2)
-    assert found["pooled_source_only"]["absolute_gain"]["value"] == pytest.approx(-0.1)
+    pairs["soft-16-music-1"] |= pooled | {"pooled": 0.8, "pooled_source_only": 0.8}
+    found = experiment.summary(pairs, {})["all"]
+    assert found["measures"]["pooled"]["absolute_gain"]["value"] == pytest.approx(0.2)
+    assert found["measures"]["pooled_source_only"]["absolute_gain"]["value"] == pytest.approx(0.1)
+    assert found["anchored_over_plain"]["pooled_joint"]["value"] == pytest.approx(-0.05)
+    over_better = found["anchored_over_better_of_source_only_and_scratch"]["pooled_joint"]
+    assert over_better["value"] == pytest.approx(0.0)
+    assert found["measures"]["pooled"]["shuffled_gain"]["value"] == pytest.approx(0.1)
+    assert set(found["shuffled_over_scratch_of_its_setting"]) == {"shuffled"}
+    for of in pairs.values():
+        of["pooled_shuffled"] = 0.45
+    found = experiment.summary(pairs, {})["all"]
+    assert found["measures"]["pooled"]["shuffled_gain"]["value"] == pytest.approx(-0.05)
+    assert found["measures"]["plain"]["shuffled_gain"]["value"] == pytest.approx(0.1)
+
+
+def test_controls_are_also_compared_with_scratch_of_their_own_setting() -> None:
+    """Scratch with the best of twelve settings beats a control of one setting even where the source taught nothing."""
+    pairs = {f"soft-16-music-{seed}": pair({ONE: 0.6, "b": 0.7}, 0.7) for seed in range(2)}
+    found = experiment.summary(pairs, {})["all"]
+    assert found["measures"]["plain"]["shuffled_gain"]["value"] == pytest.approx(-0.1)
+    assert found["shuffled_over_scratch_of_its_setting"]["shuffled"]["value"] == pytest.approx(0.0)
 
 
 def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the control's labels are shuffled in both splits, as they are in no other kind."""
+    """And the controls' labels are shuffled in both splits, as they are in no other kind."""
     lab = Lab(LANGUAGES["zh"], None, None, Path(), Path(), 32, 0)
     rows = [{"text": str(number), "label": "negative" if number < 20 else "positive"} for number in range(40)]
     monkeypatch.setattr(Lab, "domains", lambda _: ["fruit", "phone", "book"])
@@ -69,7 +91,7 @@ def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.Mo
     trained, held = lab.lesson("pooled", "fruit")
     assert {row["from"] for row in trained} == {("phone", "train"), ("book", "train")}
     assert {row["from"] for row in held} == {("phone", "validation"), ("book", "validation")}  # type: ignore[attr-defined]
-    for kind, is_right in (("sources", True), ("shuffled", False)):
+    for kind, is_right in (("sources", True), ("shuffled", False), ("pooled", True), ("pooled-shuffled", False)):
         for part in lab.lesson(kind, "fruit"):
             right = [row["label"] == ("negative" if int(row["text"]) < 20 else "positive") for row in part]  # type: ignore[attr-defined]
             assert all(right) is is_right
