@@ -51,6 +51,7 @@ from transfer_lab import KINDS, LANGUAGES, METHODS, POOLED_KINDS, SOURCE_RATES, 
 
 from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
+from ptengine.training import TrainingResult
 from ptengine.transfer import Anchor, Guard, Joint, Strategy, transfer, transfer_measures
 from ptengine.transfer.arithmetic import start_from
 from ptengine.transfer.losses import TransferLoss
@@ -83,10 +84,40 @@ def path_of(out: Path, key: Key) -> Path:
     return out / "pairs" / f"{method}-{count}-{target}-{seed}.json"
 
 
+def run_scratch(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: Path) -> None:
+    """One group without single sources: one file a pair, with scratch alone."""
+    found: dict[Key, dict[str, Any]] = {key: {"scratch": {}} for key in keys}
+    names, fits = scratch_fits(lab, keys, settings)
+    for (key, rate), result in zip(names, lab.fit_all(fits), strict=True):
+        found[key]["scratch"] |= read_scratch(rate, result, settings["steps"])
+    for key, of in found.items():
+        write_json_atomic(path_of(out, key), of)
+        print(f"{'/'.join(map(str, key))}: scratch at best {max(of['scratch'].values()):.3f}", flush=True)
+
+
+def scratch_fits(
+    lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any]
+) -> tuple[list[tuple[Key, float]], list[Fit]]:
+    names, fits, steps = [], [], settings["steps"]
+    for key in keys:
+        method, count, target, seed = key
+        shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
+        for rate in RATES:
+            prompt = lab.fresh(method, seed)
+            fits.append(Fit(prompt, shots, test, 3 * steps, steps, prompt.default_learning_rate() * rate, seed))
+            names.append((key, rate))
+    return names, fits
+
+
+def read_scratch(rate: float, result: TrainingResult, steps: int) -> dict[str, float]:
+    """Setting to test accuracy, read after one, two and three times the steps."""
+    return {f"{rate:g} x rate, {e['step'] // steps:g} x steps": e["accuracy"] for e in result.evaluations}
+
+
 def run_pairs(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: Path) -> None:
     """One group: what is plain tuning in one batch a step, then the strategies, then one file a pair."""
     method, steps = keys[0][0], settings["steps"]
-    fits: list[Fit] = []
+    scratch_names, fits = scratch_fits(lab, keys, settings)
     names: list[tuple[Key, str]] = []
     found: dict[Key, dict[str, Any]] = {}
     for key in keys:
@@ -99,24 +130,17 @@ def run_pairs(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: P
         losses = {match.entry.name: match.score for match in search.matches}
         selected = search.matches[0].entry.name
         found[key] = {"shot_losses": losses, "selected": selected, "scratch": {}, "plain_from": {}}
-        for rate in RATES:
-            prompt = lab.fresh(method, seed)
-            scaled = prompt.default_learning_rate() * rate
-            fits.append(Fit(prompt, shots, test, 3 * steps, steps, scaled, seed))
-            names.append((key, f"scratch {rate:g}"))
         starts = [(name, lab.source(method, "sources", name)) for name in losses]
         for name, start in [*starts, ("shuffled", lab.source(method, "shuffled", selected))]:
             prompt = start_from(lab.model, start)
             fits.append(Fit(prompt, shots, test, steps, steps, prompt.default_learning_rate(), seed))
             names.append((key, name))
-    for (key, name), result in zip(names, lab.fit_all(fits), strict=True):
+    results = lab.fit_all(fits)
+    for (key, rate), result in zip(scratch_names, results, strict=False):
+        found[key]["scratch"] |= read_scratch(rate, result, steps)
+    for (key, name), result in zip(names, results[len(scratch_names) :], strict=True):
         of = found[key]
-        if name.startswith("scratch"):
-            rate = name.removeprefix("scratch ")
-            of["scratch"] |= {
-                f"{rate} x rate, {e['step'] // steps:g} x steps": e["accuracy"] for e in result.evaluations
-            }
-        elif name == "shuffled":
+        if name == "shuffled":
             of["shuffled"] = result.metrics["accuracy"]
         else:
             of["plain_from"][name] = result.metrics["accuracy"]
@@ -211,7 +235,7 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
     for name in pairs:
         groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
     found: dict[str, Any] = {}
-    scored = (*SCORES, *(name for name in POOLED if all(name in pair for pair in pairs.values())))
+    scored = [name for name in (*SCORES, *POOLED) if all(name in pair for pair in pairs.values())]
     columns: dict[str, list[float]] = {name: [] for name in ("scratch", "scratch_of_one_setting", *scored)}
     for group, names in sorted(groups.items()):
         configurations = pairs[names[0]]["scratch"]
@@ -254,7 +278,7 @@ def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     for start, plain in (("", "plain"), ("pooled_", "pooled")):
         if plain not in scores:
             continue
-        control = scores.get(f"{start}shuffled", scores["shuffled"])
+        control = scores.get(f"{start}shuffled", scores.get("shuffled"))
         for name in (f"{start}source_only", plain, *(f"{start}{name}" for name in STRATEGIES)):
             if name in scores:
                 measures = transfer_measures(scratch, scores[name], shuffled=control)
@@ -264,17 +288,18 @@ def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
             if name in scores:
                 for of, other in (("plain", scores[plain]), ("better_of_source_only_and_scratch", better)):
                     found[f"anchored_over_{of}"][name] = paired_interval([scores[name], other], gain).to_json()
-    oracle_gain = statistics.mean(scores["oracle"]) - statistics.mean(scratch)
-    chosen_gain = statistics.mean(scores["plain"]) - statistics.mean(scratch)
-    return found | {
-        "shuffled_over_scratch_of_its_setting": {
-            name: paired_interval([scores[name], scores["scratch_of_one_setting"]], gain).to_json()
-            for name in ("shuffled", "pooled_shuffled")
-            if name in scores
-        },
-        "better_of_means": max(statistics.mean(scores["source_only"]), statistics.mean(scratch)),
-        "selection_share_of_oracle_gain": chosen_gain / oracle_gain if oracle_gain > 0 else None,
-    }  # fmt: skip
+    found["shuffled_over_scratch_of_its_setting"] = {
+        name: paired_interval([scores[name], scores["scratch_of_one_setting"]], gain).to_json()
+        for name in ("shuffled", "pooled_shuffled")
+        if name in scores
+    }
+    if "oracle" in scores:
+        oracle_gain, chosen_gain = (
+            statistics.mean(scores[name]) - statistics.mean(scratch) for name in ("oracle", "plain")
+        )
+        found["better_of_means"] = max(statistics.mean(scores["source_only"]), statistics.mean(scratch))
+        found["selection_share_of_oracle_gain"] = chosen_gain / oracle_gain if oracle_gain > 0 else None
+    return found
 
 
 def bags_of_words(lab: Lab, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -326,7 +351,8 @@ def show(found: Mapping[str, Any]) -> None:
             told = [f"{m} {100 * v['value']:+.2f} [{100 * (v['low'] or 0):+.2f}, {100 * (v['high'] or 0):+.2f}]"
                     for m, v in measures.items() if m in ("absolute_gain", "shuffled_gain", "wins")]  # fmt: skip
             print(f"  {name}: " + ", ".join(told))
-        print(f"  selection's share of the oracle's gain: {of['selection_share_of_oracle_gain']}")
+        if "selection_share_of_oracle_gain" in of:
+            print(f"  selection's share of the oracle's gain: {of['selection_share_of_oracle_gain']}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -351,6 +377,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--source-steps", type=int, help="on a source (default 200; 50 with --minutes)")
     parser.add_argument("--test-rows", type=int, help="of a target (default 300; 120 with --minutes)")
     parser.add_argument("--guard-seeds", type=int, help="of the unrelated pairs (default 2; 1 with --minutes)")
+    parser.add_argument(
+        "--pooled-only", action="store_true", help="no single sources and no guard: scratch, pooled and its control"
+    )
     parser.add_argument("--targets", nargs="+", help="(default the language's four)")
     parser.add_argument("--max-length", type=int, help="tokens of a row (default 128; 64 with --minutes)")
     parser.add_argument("--virtual-tokens", type=int, default=8)
@@ -373,6 +402,7 @@ def held_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings |= {"language": args.language, "targets": args.targets or [*LANGUAGES[args.language].targets]}
     settings |= {"virtual_tokens": args.virtual_tokens, "rates": [*RATES]}
     settings |= {"source_rates": [*SOURCE_RATES], "model": args.model.name}
+    settings |= {"pooled_only": True} if args.pooled_only else {}
     path = args.out / "settings.json"
     if path.exists() and (before := json.loads(path.read_text())) != settings:
         sys.exit(f"{args.out} holds runs with {before}, not {settings}: choose another folder")
@@ -393,7 +423,7 @@ def main() -> None:
             args.model, args.language, args.device, args.out / "banks", args.data, max_length=settings["max_length"],
             virtual_tokens=args.virtual_tokens, source_steps=settings["source_steps"],
         )  # fmt: skip
-    if args.stage in (None, "sources"):
+    if args.stage in (None, "sources") and not args.pooled_only:
         for method, kind in [(m, k) for m in settings["methods"] for k in KINDS][index::count]:
             lab.make_sources(method, kind)
     if args.stage in (None, "pairs"):
@@ -403,11 +433,11 @@ def main() -> None:
         for group in groups[index::count]:
             missing = [key for key in group if not path_of(args.out, key).exists()]
             if missing and time.monotonic() < deadline:
-                run_pairs(lab, missing, settings, args.out)
-        for path, job in [*guard_jobs(lab, settings, args.out)][index::count]:
+                (run_scratch if args.pooled_only else run_pairs)(lab, missing, settings, args.out)
+        for path, job in [] if args.pooled_only else [*guard_jobs(lab, settings, args.out)][index::count]:
             if not path.exists() and time.monotonic() < deadline:
                 write_json_atomic(path, run_guard(lab, *job, settings))
-        if index == 0:
+        if index == 0 and not args.pooled_only:
             told = {f"{m}-{k}": lab.source_accuracies(m, k) for m in settings["methods"] for k in KINDS}
             write_json_atomic(args.out / "sources.json", told)
     if args.stage in (None, "pooled"):

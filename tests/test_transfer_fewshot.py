@@ -73,6 +73,20 @@ def test_pooled_prompts_count_once_every_pair_has_them() -> None:
     assert found["measures"]["plain"]["shuffled_gain"]["value"] == pytest.approx(0.1)
 
 
+def test_a_run_without_single_sources_is_summed_up_by_what_it_has() -> None:
+    pairs = {
+        f"deep-32-music-{seed}": {
+            "scratch": {ONE: 0.5}, "pooled": 0.6, "pooled_source_only": 0.4, "pooled_shuffled": 0.5
+        }
+        for seed in range(2)
+    }  # fmt: skip
+    found = experiment.summary(pairs, {})["all"]
+    assert found["measures"]["pooled"]["absolute_gain"]["value"] == pytest.approx(0.1)
+    assert found["measures"]["pooled"]["shuffled_gain"]["value"] == pytest.approx(0.0)
+    assert "selection_share_of_oracle_gain" not in found
+    experiment.show({"all": found})
+
+
 def test_controls_are_also_compared_with_scratch_of_their_own_setting() -> None:
     """Scratch with the best of twelve settings beats a control of one setting even where the source taught nothing."""
     pairs = {f"soft-16-music-{seed}": pair({ONE: 0.6, "b": 0.7}, 0.7) for seed in range(2)}
@@ -100,14 +114,15 @@ def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.Mo
 def test_a_folder_with_runs_of_other_settings_is_refused(tmp_path: Path) -> None:
     args = argparse.Namespace(
         **dict.fromkeys(experiment.FULL), minutes=None, language="zh", targets=None, virtual_tokens=8,
-        model=Path("somewhere/large"), out=tmp_path,
+        pooled_only=False, model=Path("somewhere/large"), out=tmp_path,
     )  # fmt: skip
     settings = experiment.held_settings(args)
     assert (settings["seeds"], settings["max_length"], settings["model"]) == (6, 128, "large")
     assert experiment.held_settings(args) == settings
-    args.seeds = 2
-    with pytest.raises(SystemExit, match="choose another folder"):
-        experiment.held_settings(args)
+    for name, value in (("seeds", 2), ("pooled_only", True)):
+        other = argparse.Namespace(**vars(args) | {name: value})
+        with pytest.raises(SystemExit, match="choose another folder"):
+            experiment.held_settings(other)
 
 
 def test_every_pair_is_one_process_s() -> None:
