@@ -201,7 +201,7 @@ def _task(args: argparse.Namespace) -> Task:
     for name in ("template", "label_words"):
         if getattr(args, name) is None:
             raise InputError(f"expected --{name.replace('_', '-')} with --shots, got none")
-    return classification_task(args.template, args.label_words, args.label_column)
+    return classification_task(args.model, args.template, args.label_words, args.label_column)
 
 
 def _carry(args: argparse.Namespace) -> Outcome:

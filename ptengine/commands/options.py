@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ptengine.data import VerbalizedTask
+    from ptengine.data import Template, VerbalizedTask, Verbalizer
 
 __all__ = [
     "absolute",
@@ -35,6 +35,7 @@ __all__ = [
     "read_label_words",
     "unescape",
     "whole",
+    "word_task",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -122,14 +123,24 @@ def read_label_words(text: str) -> dict[str, Any]:
     return words
 
 
-def classification_task(template: str, label_words: str, label_column: str) -> VerbalizedTask:
-    """The task of ``--template``, ``--label-words`` and ``--label-column``: with a ``{mask}`` in the template that of a
-    masked language model. Errors as `read_label_words`."""
-    from ptengine.data import ClassificationTask, MaskedClassificationTask, Template, Verbalizer
+def classification_task(model: str | None, template: str, label_words: str, label_column: str) -> VerbalizedTask:
+    """The task of ``--template``, ``--label-words`` and ``--label-column`` on the model of ``--model``. Errors as
+    `read_label_words`."""
+    from ptengine.data import Template, Verbalizer
 
-    parsed, verbalizer = Template(unescape(template)), Verbalizer(read_label_words(label_words))
-    make = MaskedClassificationTask if parsed.num_masks else ClassificationTask
-    return make(parsed, verbalizer, label_column)
+    return word_task(model, Template(unescape(template)), Verbalizer(read_label_words(label_words)), label_column)
+
+
+def word_task(model: str | None, template: Template, verbalizer: Verbalizer, label_column: str) -> VerbalizedTask:
+    """Classification by words: an encoder-decoder's, or, with a ``{mask}`` in the template, that of a masked language
+    model."""
+    from ptengine.commands.loading import is_seq2seq
+    from ptengine.data import ClassificationTask, MaskedClassificationTask, Seq2SeqClassificationTask
+
+    make: type[VerbalizedTask] = MaskedClassificationTask if template.num_masks else ClassificationTask
+    if is_seq2seq(model):
+        make = Seq2SeqClassificationTask
+    return make(template, verbalizer, label_column)
 
 
 def check_output(output: Path, resume: bool | str) -> None:

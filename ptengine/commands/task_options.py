@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ptengine.commands.options import read_label_words, unescape, whole
+from ptengine.commands.options import read_label_words, unescape, whole, word_task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -64,10 +64,8 @@ def make_task(args: argparse.Namespace) -> Task:
     """The task that the options describe; options of another kind of task are refused."""
     from ptengine.commands.loading import is_seq2seq
     from ptengine.data import (
-        ClassificationTask,
         EmbeddingTask,
         GenerationTask,
-        MaskedClassificationTask,
         Seq2SeqTask,
         SequenceClassificationTask,
         Template,
@@ -103,16 +101,13 @@ def make_task(args: argparse.Namespace) -> Task:
     if args.target_column is not None:
         _refuse(args, "--target-column", "label_words", "label_column", "text_pair_column")
         return (Seq2SeqTask if is_seq2seq(args.model) else GenerationTask)(template, args.target_column)
-    if is_seq2seq(args.model):
-        raise InputError(f"expected --target-column with the encoder-decoder in {args.model!r}, which writes texts")
     _refuse(args, "--template", "text_pair_column")
     label_column = args.label_column or "label"
     if args.label_words is not None:
         verbalizer = Verbalizer(read_label_words(args.label_words))
     else:
         verbalizer = Verbalizer.from_labels(_labels(args.train, label_column))
-    make = MaskedClassificationTask if template.num_masks else ClassificationTask
-    return make(template, verbalizer, label_column)
+    return word_task(args.model, template, verbalizer, label_column)
 
 
 def _question_task(args: argparse.Namespace) -> Task:

@@ -172,9 +172,9 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     bank = _bank(args)
     settings = _settings(args, training.seed)
-    task = classification_task(args.template, args.verbalizer, args.label_column)
+    task = classification_task(args.model, args.template, args.verbalizer, args.label_column)
     source_task = classification_task(
-        args.source_template or args.template, args.source_verbalizer or args.verbalizer, args.label_column
+        args.model, args.source_template or args.template, args.source_verbalizer or args.verbalizer, args.label_column
     )
     sources = _sources(args.source)
     device, dtype = pick_device(args.device), args.dtype or "float32"

@@ -4,11 +4,11 @@ The way through, each step on its own:
 
 1. `load_rows` reads csv, json, jsonl, parquet, a list of dicts or a `datasets.Dataset` into a `datasets.Dataset`.
 2. A task says what a row means: `ClassificationTask` (a causal model names the label: `Template` and `Verbalizer`),
-   `GenerationTask` (a causal model writes the target), `Seq2SeqTask` (an encoder-decoder does),
-   `SequenceClassificationTask` (an encoder with a trained head), `MaskedClassificationTask` (a masked language model
-   fills in the label's word), `QuestionAnsweringTask` (a trained head points at the answer in a text),
-   `TokenClassificationTask` (a trained head labels every word), `EmbeddingTask` (texts that match get embeddings that
-   are near).
+   `GenerationTask` (a causal model writes the target), `Seq2SeqClassificationTask` and `Seq2SeqTask` (an
+   encoder-decoder does), `SequenceClassificationTask` (an encoder with a trained head), `MaskedClassificationTask` (a
+   masked language model fills in the label's word), `QuestionAnsweringTask` (a trained head points at the answer in a
+   text), `TokenClassificationTask` (a trained head labels every word), `EmbeddingTask` (texts that match get
+   embeddings that are near).
    ``task.encode(dataset, tokenizer, max_tokens=...)`` gives an `EncodedSplit`.
 3. `ShuffledBatches` orders the rows, exactly resumable, and `collate` packs them into a batch for the backbone.
 4. `classification_metrics`, `generation_metrics`, `answer_metrics` and `entity_metrics` judge what came back.
@@ -25,7 +25,7 @@ from ptengine.data.encoding import EncodedRow, EncodedSplit
 from ptengine.data.masked_tasks import MaskedClassificationTask
 from ptengine.data.metrics import answer_metrics, classification_metrics, entity_metrics, generation_metrics
 from ptengine.data.question_answering import QuestionAnsweringTask
-from ptengine.data.seq2seq_task import Seq2SeqTask
+from ptengine.data.seq2seq_task import Seq2SeqClassificationTask, Seq2SeqTask
 from ptengine.data.sources import check_columns, load_rows
 from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task, VerbalizedTask
 from ptengine.data.templates import Template
@@ -42,6 +42,7 @@ __all__ = [
     "GenerationTask",
     "MaskedClassificationTask",
     "QuestionAnsweringTask",
+    "Seq2SeqClassificationTask",
     "Seq2SeqTask",
     "SequenceClassificationTask",
     "ShuffledBatches",

@@ -26,6 +26,7 @@ __all__ = [
     "EncodedTexts",
     "check_max_tokens",
     "class_ids",
+    "closed_targets",
     "encode_texts",
     "plain_columns",
     "token_lists",
@@ -152,6 +153,15 @@ def class_ids(
             )
         ids.append(positions[name])
     return ids
+
+
+def closed_targets(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], ending: Sequence[int]) -> list[list[int]]:
+    """Texts as an encoder-decoder writes them: tokenised as targets (`text_target`), special tokens included, and with
+    `ending` behind those in which the tokenizer itself has put none of it."""
+    encoded: list[list[int]] = tokenizer(
+        text_target=list(texts), return_attention_mask=False, return_token_type_ids=False, verbose=False
+    )["input_ids"]
+    return [target if set(ending) <= set(target) else [*target, *ending] for target in encoded]
 
 
 def token_lists(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:

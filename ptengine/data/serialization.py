@@ -14,8 +14,8 @@ from ptengine.data.cells import described, listed
 from ptengine.data.embedding_tasks import EmbeddingTask
 from ptengine.data.masked_tasks import MaskedClassificationTask
 from ptengine.data.question_answering import QuestionAnsweringTask
-from ptengine.data.seq2seq_task import Seq2SeqTask
-from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task
+from ptengine.data.seq2seq_task import Seq2SeqClassificationTask, Seq2SeqTask
+from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task, VerbalizedTask
 from ptengine.data.templates import Template
 from ptengine.data.token_tasks import TokenClassificationTask
 from ptengine.data.verbalizers import Verbalizer
@@ -30,7 +30,7 @@ def task_to_json(task: Task) -> dict[str, Any]:
     Raises:
         InputError: not a task of `ptengine.data`.
     """
-    if isinstance(task, ClassificationTask | MaskedClassificationTask):
+    if isinstance(task, VerbalizedTask):
         return {
             "kind": task.kind,
             "template": task.template.text,
@@ -75,12 +75,8 @@ def task_from_json(value: Any) -> Task:
     return make(**{name: value[name] for name in names})
 
 
-def _classification(template: Any, label_words: Any, label_column: Any) -> Task:
-    return ClassificationTask(Template(template), Verbalizer(label_words), label_column)
-
-
-def _masked_classification(template: Any, label_words: Any, label_column: Any) -> Task:
-    return MaskedClassificationTask(Template(template), Verbalizer(label_words), label_column)
+def _classification(template: Any, label_words: Any, label_column: Any, make: type[VerbalizedTask]) -> Task:
+    return make(Template(template), Verbalizer(label_words), label_column)
 
 
 def _generation(
@@ -97,10 +93,12 @@ def _sequence_classification(text_column: Any, text_pair_column: Any, label_colu
 
 _QUESTION_FIELDS = tuple(field.name for field in fields(QuestionAnsweringTask))
 _EMBEDDING_FIELDS = tuple(field.name for field in fields(EmbeddingTask))
+_NAMING = ("template", "label_words", "label_column")
 _WRITING = ("template", "target_column", "end_with_eos", "references_column")
 _KINDS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
-    "classification": (_classification, ("template", "label_words", "label_column")),
-    "masked_classification": (_masked_classification, ("template", "label_words", "label_column")),
+    "classification": (partial(_classification, make=ClassificationTask), _NAMING),
+    "masked_classification": (partial(_classification, make=MaskedClassificationTask), _NAMING),
+    "seq2seq_classification": (partial(_classification, make=Seq2SeqClassificationTask), _NAMING),
     "embedding": (EmbeddingTask, _EMBEDDING_FIELDS),
     "token_classification": (TokenClassificationTask, ("tokens_column", "tags_column", "labels")),
     "question_answering": (QuestionAnsweringTask, _QUESTION_FIELDS),

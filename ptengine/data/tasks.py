@@ -86,7 +86,7 @@ class Task(Protocol):
 @dataclass(frozen=True)
 class VerbalizedTask(Task):
     """What the tasks share whose label a model names by one of the label's words: `ClassificationTask`,
-    `MaskedClassificationTask`."""
+    `MaskedClassificationTask`, `Seq2SeqClassificationTask`."""
 
     template: Template
     verbalizer: Verbalizer

@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ptengine.data.cells import described, label_name, listed
+from ptengine.data.encoding import closed_targets
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -107,8 +108,13 @@ class Verbalizer:
         """The label names; the position is the class id."""
         return tuple(self.words)
 
-    def bind(self, tokenizer: PreTrainedTokenizerBase) -> BoundVerbalizer:
+    def bind(self, tokenizer: PreTrainedTokenizerBase, *, as_targets: bool = False) -> BoundVerbalizer:
         """The words in a tokenizer's tokens, each tokenised on its own without special tokens.
+
+        Args:
+            tokenizer: of the model that names the labels.
+            as_targets: with the special tokens around them, the EOS among them, as an encoder-decoder writes a target.
+                No word then begins with another's tokens, so "yes" and "yesterday" may stand beside each other.
 
         Raises:
             InputError: a word of no tokens or with an unknown token; or a word whose tokens equal, or begin with, those
@@ -126,6 +132,14 @@ class Verbalizer:
                     f"expected words that the tokenizer knows, got {word!r} of label {label!r}, which holds the "
                     f"unknown token {tokenizer.unk_token!r}"
                 )
+        if as_targets:
+            if tokenizer.eos_token_id is None:
+                raise InputError(
+                    "expected a tokenizer with an EOS token to end words with, got "
+                    f"{type(tokenizer).__name__} without one"
+                )
+            targets = closed_targets(tokenizer, [word for _, word in flat], [tokenizer.eos_token_id])
+            tokens = [tuple(ids) for ids in targets]
         order = sorted(range(len(flat)), key=tokens.__getitem__)
         # In this order a sequence stands right before the first of those that begin with it.
         for one, other in pairwise(order):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import PackedLoss, label_hidden, label_log_probs, packed_loss, seq2seq_loss
+from ptengine.backbone import PackedLoss, label_hidden, label_log_probs, packed_loss, seq2seq_log_probs, seq2seq_loss
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec
@@ -26,6 +26,7 @@ from ptengine.data import (
     GenerationTask,
     MaskedClassificationTask,
     QuestionAnsweringTask,
+    Seq2SeqClassificationTask,
     Seq2SeqTask,
     SequenceClassificationTask,
     Task,
@@ -82,6 +83,8 @@ def make_objective(task: Task, model: Any, spec: BackboneSpec, tokenizer: Any, b
         raise InputError(f"expected a model with a language-modelling head, got {type(model).__name__}")
     if isinstance(task, ClassificationTask):
         return _WordObjective(model, spec, bf16, task, task.verbalizer.bind(tokenizer))
+    if isinstance(task, Seq2SeqClassificationTask):
+        return _Seq2SeqWordObjective(model, spec, bf16, task, task.bind(tokenizer))
     if isinstance(task, Seq2SeqTask):
         return _Seq2SeqObjective(model, spec, bf16)
     if isinstance(task, GenerationTask):
@@ -92,7 +95,7 @@ def make_objective(task: Task, model: Any, spec: BackboneSpec, tokenizer: Any, b
 
 
 def _better_task(spec: BackboneSpec) -> str:
-    return ": an encoder-decoder takes Seq2SeqTask" if spec.kind == "seq2seq" else ""
+    return ": an encoder-decoder takes Seq2SeqTask or Seq2SeqClassificationTask" if spec.kind == "seq2seq" else ""
 
 
 def _require_head(model: Any, name: str) -> None:
@@ -141,8 +144,8 @@ class _TextObjective(_TargetObjective):
         return EvalResult({"loss": loss, "perplexity": perplexity(loss)}, [], len(rows))
 
 
-class _Seq2SeqObjective(_TextObjective):
-    """The same of an encoder-decoder, whose rows are a source and a target."""
+class _SourcesAndTargets(_TargetObjective):
+    """The rows of an encoder-decoder, each a source and a target."""
 
     def collate(self, rows: Sequence[EncodedRow]) -> PackedBatch:
         lengths = torch.tensor([row.prompt_length for row in rows], device=self._device)  # [B]
@@ -152,6 +155,10 @@ class _Seq2SeqObjective(_TextObjective):
         return seq2seq_loss(self._model, lowered, *sources_and_targets(batch), label_smoothing=label_smoothing)
 
 
+class _Seq2SeqObjective(_SourcesAndTargets, _TextObjective):
+    """Generation by an encoder-decoder."""
+
+
 class _WordObjective(_TargetObjective):
     """Classification by words: a label's score is the log of the sum of its words' probabilities."""
 
@@ -159,7 +166,12 @@ class _WordObjective(_TargetObjective):
     default_metric: ClassVar[str] = "accuracy"
 
     def __init__(
-        self, model: Any, spec: BackboneSpec, bf16: bool, task: ClassificationTask, bound: BoundVerbalizer
+        self,
+        model: Any,
+        spec: BackboneSpec,
+        bf16: bool,
+        task: ClassificationTask | Seq2SeqClassificationTask,
+        bound: BoundVerbalizer,
     ) -> None:
         super().__init__(model, spec, bf16)
         self._task = task
@@ -200,10 +212,20 @@ class _WordObjective(_TargetObjective):
         """Words of several tokens: one row per word, log probabilities summed over its tokens."""
         candidates = [candidate for row in rows for candidate in self._task.candidates(row, self._bound)]
         with self._autocast():
-            log_probs, at = label_log_probs(self._model, lowered, self.collate(candidates))  # [n], [n]
+            log_probs, at = self._log_probs(lowered, self.collate(candidates))  # [n], [n]
         sums = torch.zeros(len(candidates), device=self._device).index_add(0, at.long(), log_probs.float())  # [B * W]
         words = sums.view(len(rows), -1)  # [B, W]
         # The loss is that of training: on the tokens of the first word of the row's label.
         first = [self._bound.word_labels.index(row.class_id) for row in rows]  # type: ignore[arg-type]
         picked = words[torch.arange(len(rows)), torch.tensor(first)]  # [B]
         return words, -picked.sum().item(), sum(len(self._bound.words[word]) for word in first)
+
+    def _log_probs(self, lowered: LoweredPrompt | None, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return label_log_probs(self._model, lowered, batch)
+
+
+class _Seq2SeqWordObjective(_SourcesAndTargets, _WordObjective):
+    """The same of an encoder-decoder, whose words end with an EOS and so have at least two tokens."""
+
+    def _log_probs(self, lowered: LoweredPrompt | None, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        return seq2seq_log_probs(self._model, lowered, *sources_and_targets(batch))

@@ -48,17 +48,19 @@ class Adaptivity:
     """Attributes:
     text_loss: content: what a token of the target's texts costs behind the prompt, in nats; lower fits better. Of a
         masked language model: what it costs where it and every seventh token around it are masked, each token once (a
-        pseudo-log-likelihood, Salazar et al. 2020, arXiv 1910.14659, in seven passes rather than one a token).
+        pseudo-log-likelihood, Salazar et al. 2020, arXiv 1910.14659, in seven passes rather than one a token). None for
+        an encoder-decoder, which reads a text and gives it no likelihood.
     term_coverage: content: the share of the target's domain terms (`domain_terms` against the background) whose first
         token is among the twenty nearest to a virtual token; None for a prefix, without background or without terms.
     num_virtual_tokens: form: P.
-    template_perplexity: form: of the template's own words behind the prompt; None where it has fewer than two tokens.
+    template_perplexity: form: of the template's own words behind the prompt; None where it has fewer than two tokens,
+        and for an encoder-decoder.
     token_distance: form: the mean over virtual tokens of 1 - cosine to the nearest word embedding: 0 is readable as
         text; None for a prefix.
     norm_ratio: form: mean length of a virtual token over that of a word embedding; None for a prefix.
     """
 
-    text_loss: float
+    text_loss: float | None
     term_coverage: float | None
     num_virtual_tokens: int
     template_perplexity: float | None
@@ -81,21 +83,20 @@ def prompt_adaptivity(
     """The scores of each of `prompts` by name; None is the frozen model alone.
 
     Args:
-        model, tokenizer: the frozen backbone: causal, or a masked language model.
+        model, tokenizer: the frozen backbone: causal, a masked language model or an encoder-decoder.
         template: of the target's task.
         texts: of the target, without template; cut to 128 tokens or what fits.
         prompts: name to prompt.
         background: texts of other domains, that domain terms stand out from.
 
     Raises:
-        InputError: no texts, no text of two tokens, a prompt of another backbone, no causal model and no masked
-            language model with its head, or one whose tokenizer has no mask.
+        InputError: no texts, no text of two tokens, a prompt of another backbone, a model without a language-modelling
+            head, or a masked language model whose tokenizer has no mask.
     """
     spec = backbone_spec(model)
-    if spec.kind == "seq2seq" or spec.lm_head is None:
+    if spec.lm_head is None:
         raise InputError(
-            "expected a causal model or a masked language model with its head to score a prompt's fit, got "
-            f"{type(model).__name__}"
+            f"expected a model with a language-modelling head to score a prompt's fit, got {type(model).__name__}"
         )
     if spec.kind == "encoder" and tokenizer.mask_token_id is None:
         raise InputError(f"expected a tokenizer with a mask token, got {type(tokenizer).__name__} without one")
@@ -115,12 +116,14 @@ def prompt_adaptivity(
     with frozen(model), torch.no_grad():
         for name, prompt in prompts.items():
             lowered = None if prompt is None else prompt.fold().lower()
-            of_template = None
-            if len(fixed) > 1:
-                of_template = perplexity(_loss(model, spec, lowered, [fixed], frame))
+            of_template = of_texts = None
+            if spec.kind != "seq2seq":
+                of_texts = _loss(model, spec, lowered, rows, frame)
+                if len(fixed) > 1:
+                    of_template = perplexity(_loss(model, spec, lowered, [fixed], frame))
             near = _near(spec, lowered) if isinstance(lowered, VirtualTokens) else None
             scores[name] = Adaptivity(
-                text_loss=_loss(model, spec, lowered, rows, frame),
+                text_loss=of_texts,
                 term_coverage=None
                 if near is None or not terms
                 else sum(token in near.tokens for token in terms) / len(terms),

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import label_hidden, masked_lm_logits
+from ptengine.backbone import label_hidden, masked_lm_logits, seq2seq_logits
 from ptengine.backbone.lowering import GatedTokens, LoweredPrompt, TextDependentTokens, VirtualTokens
-from ptengine.backbone.packing import PackedBatch
+from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import vocabulary_logits
 from ptengine.data import Task
@@ -203,11 +203,8 @@ class _DistillTerm:
     def __init__(
         self, settings: Distill, likeness: float, model: Any, spec: BackboneSpec, start: Prompt, bf16: bool
     ) -> None:
-        if spec.kind == "seq2seq" or spec.lm_head is None:
-            raise InputError(
-                "expected a causal model or a masked language model with its head to distil, got "
-                f"{type(model).__name__}"
-            )
+        if spec.lm_head is None:
+            raise InputError(f"expected a model with a language-modelling head to distil, got {type(model).__name__}")
         self._settings = settings
         self._weight = settings.weight * likeness
         self._model = model
@@ -234,6 +231,8 @@ class _DistillTerm:
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
             if self._spec.kind == "encoder":
                 return masked_lm_logits(self._model, lowered, batch)
+            if self._spec.kind == "seq2seq":
+                return seq2seq_logits(self._model, lowered, *sources_and_targets(batch))[:2]
             found = label_hidden(self._model, lowered, batch)
             return vocabulary_logits(self._spec, found.hidden).float(), found.labels
 

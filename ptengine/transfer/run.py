@@ -99,8 +99,9 @@ def transfer(
     """Tune a prompt for a target with few rows, starting from what prompts of a bank learned.
 
     Args:
-        model, tokenizer: the frozen backbone: causal, or a masked language model.
+        model, tokenizer: the frozen backbone: causal, a masked language model or an encoder-decoder.
         task: the target's: classification by words (a masked language model's with a ``{mask}``) or generation.
+            Self-training is for causal models, and an encoder-decoder embeds no text for distances of domains.
         shots: the target's rows.
         bank: prompts of this backbone; those of others are passed over and named in the result's `search`.
         training: of every run on the target. Its learning rate is that of the transferred prompt (None: the method's
@@ -122,11 +123,8 @@ def transfer(
             rows or bank entries that differ from those of the run to go on with.
     """
     strategy = Strategy() if strategy is None else strategy
-    if not isinstance(task, VerbalizedTask | GenerationTask) or task.backbone_kind == "seq2seq":
-        raise InputError(
-            "expected a task with a template, on a causal model or a masked language model, whose prompt can be moved, "
-            f"got {type(task).__name__}"
-        )
+    if not isinstance(task, VerbalizedTask | GenerationTask):
+        raise InputError(f"expected a task with a template, whose prompt can be moved, got {type(task).__name__}")
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(training, name):
             raise InputError(f"expected {name} off in a transfer, where no rows choose the step, got it on")

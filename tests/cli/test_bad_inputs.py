@@ -233,7 +233,10 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
         lambda b: b.swapped(b.world.llama, b.world.vit),
         ("no causal language model", "'vit'"),
     ),
-    "labels for an encoder-decoder": (lambda b: b.swapped(b.world.llama, b.world.t5), ("--target-column",)),
+    "a blank for an encoder-decoder": (
+        lambda b: [b.world.t5 if x == b.world.llama else x for x in b.swapped("{text} is", "{text} is {mask}")],
+        ("{mask}",),
+    ),
     "a head for an encoder-decoder": (
         lambda b: [
             "tune",

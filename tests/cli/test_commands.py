@@ -126,6 +126,22 @@ def test_encoder_decoder_from_tuning_to_texts(world: Any, call: Callable[..., An
     assert report["supported"] is True
 
 
+def test_an_encoder_decoder_names_labels(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """Words of a verbaliser and nothing else, scored rather than written."""
+    output = tmp_path / "out"
+    arguments = world.tune(output, "--test", world.test, "--json")
+    arguments[arguments.index(world.llama)] = world.t5
+    tuned = call(*arguments)
+    assert (tuned.status, tuned.err) == (0, "")
+    assert json.loads((output / "task.json").read_text())["task"]["kind"] == "seq2seq_classification"
+    judged = call("eval", "--prompt", output, "--data", world.test, "--json")
+    assert judged.json["metrics"] == tuned.json["test"]["metrics"]
+    labelled = call("generate", "--prompt", output, "--data", world.test, "--json")
+    assert labelled.status == 0
+    assert set(labelled.json["texts"]) <= {"good", "bad"}
+    assert len(labelled.json["texts"]) == 6
+
+
 def test_generation_from_tuning_to_texts(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     output = tmp_path / "out"
     arguments = world.tune(output, "--target-column", "target", "--method", "prefix", "--eval", world.pairs, "--json")

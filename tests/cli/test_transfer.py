@@ -86,6 +86,18 @@ def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], 
     }  # fmt: skip
 
 
+def test_an_encoder_decoder_from_two_files_to_a_report(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = [*command(world, tmp_path), "--verbalizer", "good=fine,bad=poor"]
+    arguments[arguments.index(world.llama)] = world.t5
+    done = call(*arguments, "--json")
+    assert done.status == 0, done.err
+    assert set(done.json["test"]) == {"frozen model", "scratch", "source", "transferred", "shuffled source"}
+    assert done.json["adaptivity"]["transferred"]["text_loss"] is None
+    assert "| transferred |  | " in Path(done.json["report"]["markdown"]).read_text()
+    judged = call("eval", "--prompt", tmp_path / "out", "--data", tmp_path / "out/clean/test.jsonl", "--json")
+    assert judged.json["metrics"] == done.json["test"][done.json["kept"]]["metrics"]
+
+
 def test_a_masked_language_model_fills_in_the_label(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     arguments = [*command(world, tmp_path), "--model", world.masked, "--verbalizer", "good=fine,bad=poor"]
     done = call(*arguments, "--template", "{text} it was {mask}", "--distill", "0.5", "--json")

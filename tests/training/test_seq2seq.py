@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
 from ptengine.backbone import TextDependentTokens, VirtualTokens, generate, step
-from ptengine.data import Seq2SeqTask, Template, load_rows
+from ptengine.data import Seq2SeqClassificationTask, Seq2SeqTask, Template, Verbalizer, load_rows
 from ptengine.errors import InputError
 from ptengine.prompts import Prompt, SoftPrompt, load_prompt
 from ptengine.training import PromptSet, Trainer, evaluate
@@ -213,6 +213,67 @@ def test_texts_behind_a_prompt_that_depends_on_the_source(tiny: ModuleType) -> N
     assert found.predictions == tokens.batch_decode(written, skip_special_tokens=True)
     bare = evaluate(model, None, task, rows, tokens, generate=True, max_new_tokens=6)
     assert bare.predictions != found.predictions
+
+
+WORDS = Verbalizer({"neg": ["not fine", "bad"], "pos": "good"})
+FIRST = {"neg": "not fine", "pos": "good"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_label_words_are_trained_as_targets(tiny: ModuleType, tmp_path: Path, kind: str) -> None:
+    model, rows = tiny.t5(), tiny.rows(8)
+    settings = {"max_steps": 5, "train": None}
+    found = []
+    for folder, task in (
+        ("words", Seq2SeqClassificationTask(Template("{text} it"), WORDS)),
+        ("texts", Seq2SeqTask(Template("{text} it"), "word")),
+    ):
+        settings["train"] = [row | {"word": FIRST[row["label"]]} for row in rows]
+        prompt = getattr(tiny, kind)(model, 7)
+        found.append(tiny.trainer(tmp_path / folder, model, prompt, task, **settings).fit().losses)
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_labels_are_scored_as_the_stock_model_does(tiny: ModuleType, kind: str) -> None:
+    """Every word of every row alone, in fp64: a label's probability is the sum of its words'."""
+    task, rows = Seq2SeqClassificationTask(Template("{text} it"), WORDS), tiny.rows(12, seed=4)
+    model, tokens = tiny.t5(dropout=0.0).eval(), tiny.tokenizer()
+    head = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(3))
+    model.lm_head.weight = torch.nn.Parameter(head)  # one tied to the embeddings repeats the start token
+    for block in model.decoder.block:  # so that what is said depends on the text
+        block.layer[1].EncDecAttention.o.weight.data.mul_(30)
+    prompt = getattr(tiny, kind)(model, 7)
+    found = evaluate(model, prompt, task, rows, tokens, batch_size=5)
+    encoded, bound = task.encode(load_rows(rows), tokens, max_tokens=tiny.POSITIONS), task.bind(tokens)
+    double, losses, said = model.double(), [], []
+    prompt = prompt.double()
+    with torch.no_grad():
+        for row in encoded:
+            candidates = task.candidates(row, bound)
+            words = [-stock_loss(double, prompt, [c]) * (len(c.input_ids) - c.prompt_length) for c in candidates]
+            classes = torch.stack([torch.logaddexp(words[0], words[1]), words[2]])
+            said.append(bound.labels[int(classes.argmax())])
+            first = {0: 0, 1: 2}[row.class_id]
+            losses += [-words[first] / len(bound.words[first])] * len(bound.words[first])
+    assert found.predictions == said
+    assert len(set(said)) == 2
+    assert found.metrics["loss"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+
+
+def test_many_prompts_that_name_labels(tiny: ModuleType, tmp_path: Path) -> None:
+    model, task = tiny.t5(), Seq2SeqClassificationTask(Template("{text} it"), WORDS)
+    settings = {"evaluation": tiny.rows(4, seed=1), "max_steps": 4, "eval_strategy": "steps", "eval_steps": 2}
+
+    def member(folder: str, seed: int) -> Trainer:
+        return tiny.trainer(tmp_path / folder, model, tiny.soft(model, seed), task, seed=seed, **settings)
+
+    together = PromptSet([member(f"m{seed}", seed) for seed in (1, 2)], tmp_path / "set").fit().members
+    for seed, result in zip((1, 2), together, strict=True):
+        alone = member(f"a{seed}", seed).fit()
+        assert result.losses == pytest.approx(alone.losses, abs=2e-5)
+        assert result.metrics["loss"] == pytest.approx(alone.metrics["loss"], abs=2e-5)
+        assert result.metrics["accuracy"] == alone.metrics["accuracy"]
 
 
 def test_inputs(tiny: ModuleType, tmp_path: Path) -> None:

@@ -111,5 +111,17 @@ def test_what_cannot_be_said_is_left_open(tiny: ModuleType) -> None:
         prompt_adaptivity(*asked, ["film"], {"it": None})
     with pytest.raises(InputError, match="another backbone"):
         prompt_adaptivity(*asked, ["film song"], {"it": tiny.soft(tiny.llama())})
-    with pytest.raises(InputError, match="causal model"):
+    with pytest.raises(InputError, match="a language-modelling head"):
         prompt_adaptivity(tiny.bert(), tokens, TEMPLATE, ["film song"], {})
+
+
+def test_an_encoder_decoder_gives_texts_no_likelihood(tiny: ModuleType) -> None:
+    """Its prompts still have a form."""
+    model = tiny.t5(dropout=0.0)
+    prompts = {"none": None, "soft": tiny.soft(model)}
+    found = prompt_adaptivity(model, tiny.tokenizer(), Template("{text} it was"), ["film song", "book"], prompts)
+    assert {name: (scores.text_loss, scores.template_perplexity) for name, scores in found.items()} == {
+        "none": (None, None), "soft": (None, None)
+    }  # fmt: skip
+    assert found["soft"].norm_ratio is not None
+    assert found["soft"].norm_ratio > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch.nn import functional as F
 
 from ptengine.backbone import patched
-from ptengine.data import ClassificationTask, Template, Verbalizer, collate, load_rows
+from ptengine.data import ClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer, collate, load_rows
 from ptengine.errors import InputError
 from ptengine.training import Trainer, TrainingConfig, TrainingResult
 from ptengine.training.step_loss import MicroBatch, StepInfo
@@ -127,6 +128,30 @@ def test_distillation_is_cross_entropy_and_squared_difference_of_logits(tiny: Mo
         wanted.append(F.cross_entropy(logits[0], gold) + 0.7 * F.mse_loss(*logits))
     # fp32 through two layers of width 16: relative error well below 1e-5.
     assert loss.item() == pytest.approx(torch.stack(wanted).mean().item(), rel=1e-5)
+    loss.backward()
+    assert prompt.embeds.grad is not None
+    assert start.embeds.grad is None
+
+
+def test_distillation_of_an_encoder_decoder(tiny: ModuleType) -> None:
+    """On every token of the labels' words, against the stock model on the virtual tokens in front of each source."""
+    model = tiny.t5(dropout=0.0).eval()
+    start, prompt = tiny.soft(model, 1), tiny.soft(model, 2)
+    task = Seq2SeqClassificationTask(Template("{text} it was"), Verbalizer({"neg": "not fine", "pos": "good"}))
+    rows = task.encode(load_rows(tiny.rows(4)), tiny.tokenizer(), max_tokens=40).rows
+    lengths = torch.tensor([row.prompt_length for row in rows])
+    batch = replace(collate(rows), source_lengths=lengths)
+    (loss,) = part_losses(tiny, Strategy(distill=Distill(0.7)), prompt, start, model, batch)
+    logits: list[list[torch.Tensor]] = [[], []]
+    targets = [torch.tensor(row.input_ids[row.prompt_length :]) for row in rows]
+    for row, target in zip(rows, targets, strict=True):
+        source = model.get_input_embeddings()(torch.tensor(row.input_ids[: row.prompt_length]))
+        for found, p in zip(logits, (prompt, start), strict=True):
+            found.append(model(inputs_embeds=torch.cat([p.embeds, source])[None], labels=target[None]).logits[0])
+    ours, wanted = torch.cat(logits[0]), torch.cat(logits[1])
+    expected = F.cross_entropy(ours, torch.cat(targets)) + 0.7 * F.mse_loss(ours, wanted)
+    # fp32 through four layers of width 16: relative error well below 1e-5.
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     loss.backward()
     assert prompt.embeds.grad is not None
     assert start.embeds.grad is None

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from ptengine.data import MaskedClassificationTask, Template, Verbalizer
+from ptengine.data import MaskedClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
@@ -86,14 +86,16 @@ def test_without_a_guard_there_is_one_run_and_no_decision(world: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("strategy", [Strategy(distill=Distill(0.5)), Strategy(anchor=Anchor(1.0)), "joint"])
-def test_a_masked_language_model_transfers_as_a_causal_one_does(
-    tiny: ModuleType, tmp_path: Path, strategy: Any
-) -> None:
+@pytest.mark.parametrize("kind", ["masked", "encoder-decoder"])
+def test_other_models_transfer_as_a_causal_one_does(tiny: ModuleType, tmp_path: Path, kind: str, strategy: Any) -> None:
     """From a bank to the kept prompt: distilled, anchored, or beside the source."""
-    model, tokens, rows = tiny.bert(BertForMaskedLM), tiny.tokenizer(special=True), tiny.rows(40, 9)
-    task = MaskedClassificationTask(
-        Template("{text} it was {mask}"), Verbalizer({"neg": ["bad", "poor"], "pos": "good"})
-    )
+    rows, words = tiny.rows(40, 9), Verbalizer({"neg": ["bad", "poor"], "pos": "good"})
+    if kind == "masked":
+        model, tokens = tiny.bert(BertForMaskedLM), tiny.tokenizer(special=True)
+        task: Any = MaskedClassificationTask(Template("{text} it was {mask}"), words)
+    else:
+        model, tokens = tiny.t5(dropout=0.0), tiny.tokenizer()
+        task = Seq2SeqClassificationTask(Template("{text} it was"), words)
     bank = PromptBank(tmp_path / "bank")
     for seed in range(2):
         bank.add(f"p{seed}", tiny.soft(model, seed), model=model, tokenizer=tokens, task=task, data=tiny.rows(12, seed))
