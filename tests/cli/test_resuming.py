@@ -40,3 +40,15 @@ def test_a_refused_resumption_left_a_task_that_named_its_own_model(
     arguments = [str(moved) if part == world.llama else part for part in world.tune(output)]
     assert call(*arguments, "--resume").status == 0
     assert str(moved) in (output / "task.json").read_text()
+
+
+def test_a_sweep_refused_in_the_folder_of_a_single_run_left_empty_folders_there(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    assert call(*world.tune(output)).status == 0
+    before = contents(output)
+    refused = call(*world.tune(output), "--eval", world.test, "--seeds", "1,2", "--resume")
+    assert refused.status == 2
+    assert "PromptSet" in refused.err
+    assert contents(output) == before
