@@ -52,3 +52,14 @@ def test_a_sweep_refused_in_the_folder_of_a_single_run_left_empty_folders_there(
     assert refused.status == 2
     assert "PromptSet" in refused.err
     assert contents(output) == before
+
+
+def test_another_model_was_refused_as_another_learning_rate(
+    world: Any, call: Callable[..., Any], tmp_path: Path, other_model: str
+) -> None:
+    """Nobody had given a rate: it is the method's own and follows from the embeddings and the method."""
+    output = tmp_path / "out"
+    assert call(*world.tune(output)).status == 0
+    arguments = [other_model if part == world.llama else part for part in world.tune(output)]
+    assert "expected model fingerprint=" in call(*arguments, "--resume").err
+    assert "expected prompt method='soft_prompt'" in call(*world.tune(output, "--method", "prefix"), "--resume").err
