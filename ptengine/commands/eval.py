@@ -90,10 +90,12 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _check_ensemble(args: argparse.Namespace) -> None:
+    from ptengine.commands.recipe import find_prompt
+
     if args.weights_from is not None and not args.ensemble:
         raise InputError("expected --ensemble with --weights-from, got --weights-from alone")
     named = [args.prompt, *args.ensemble]
-    if len(set(named)) < len(named):
+    if args.ensemble and len({find_prompt(name)[0].resolve() for name in named}) < len(named):
         raise InputError(f"expected different prompts in an ensemble, got {', '.join(named)}")
     for option in ("hard_prompt_only", "write_texts"):
         if args.ensemble and getattr(args, option):

@@ -234,6 +234,8 @@ def test_an_ensemble_is_evaluated_in_one_call(world: Any, call: Callable[..., An
     assert weighed[str(a)] != 0.5
     for more, words in (
         (["--ensemble", a], "different prompts"),
+        # One prompt under two names counted twice.
+        (["--ensemble", f"{a}/prompt"], "different prompts"),
         (["--write-texts"], "without --write-texts"),
         (["--ensemble", "nowhere"], "no folder"),
     ):
