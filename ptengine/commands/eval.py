@@ -47,7 +47,8 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.data.tasks import trains_head
     from ptengine.training import evaluate
 
-    if args.predictions is not None and not Path(args.predictions).absolute().parent.is_dir():
+    target = None if args.predictions is None else Path(args.predictions).absolute()
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"expected --predictions, a file in a folder that exists, got {args.predictions!r}")
     _check_ensemble(args)
     session = open_prompt(args)

@@ -335,6 +335,8 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "texts of a classification task": (lambda b: b.eval("--write-texts"), ("GenerationTask", "ClassificationTask")),
     "predictions in no folder": (lambda b: b.eval("--predictions", "no/such/file"), ("--predictions", "no/such/file")),
+    # It came as an error of the system's about a temporary name, after the evaluation.
+    "predictions over a folder": (lambda b: b.eval("--predictions", "d.csv"), ("--predictions", "'d.csv'")),
     "no rows to generate for": (lambda b: b.generate(), ("--text, --column and --data", "none")),
     "two sources of rows": (
         lambda b: b.generate("--text", "a", "--data", b.world.test),
