@@ -144,8 +144,8 @@ def _check_room(rows: Sequence[EncodedRow], room: int, new: int, apart: bool) ->
         return
     if new >= room:
         raise InputError(
-            f"expected max_new_tokens of at most {room - 1} (the backbone's positions minus the prompt and one token of "
-            f"text), got {new}"
+            f"expected max_new_tokens of at most {room - 1} (the backbone's positions minus the prompt and one token "
+            f"of text), got {new}"
         )
     for row in rows:
         if not 1 <= row.prompt_length <= room - new:
