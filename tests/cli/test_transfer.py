@@ -66,6 +66,11 @@ def test_two_files_to_a_report_and_a_prompt_for_eval(world: Any, call: Callable[
     other = call(*arguments, "--resume", "--anchor", "1")
     assert other.status == 2
     assert "expected strategy" in other.err
+    # A refused resumption left its own shots and test rows in place of those of the run that is there.
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    reseeded = call(*arguments, "--resume", "--seed", "7")
+    assert (reseeded.status, "shots.jsonl' would change" in reseeded.err) == (2, True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
