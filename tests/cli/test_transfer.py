@@ -253,6 +253,8 @@ def test_an_ensemble_is_evaluated_in_one_call(world: Any, call: Callable[..., An
     ("arguments", "words"),
     [
         (["transfer", *ASKED], "expected --source or --bank"),
+        # Without --self-train it was read by nothing, and 2 is no probability.
+        (["transfer", *ASKED, "--bank", ".", "--confidence", "2"], "expected --self-train with --confidence"),
         (["transfer", *ASKED, "--bank", "nowhere"], "no folder"),
         (["transfer", *ASKED, "--bank", "."], "expected a bank with a prompt to transfer from"),
         (["bank"], "expected ACTION"),
