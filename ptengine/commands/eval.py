@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import add_model_arguments, whole
-from ptengine.commands.session import add_prompt_argument, open_prompt
+from ptengine.commands.options import whole
+from ptengine.commands.session import add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write-texts", action="store_true", help="generation: also write texts and score those")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N", help="of a text (default: 64)")
     parser.add_argument("--predictions", metavar="FILE", help="write one JSON line per row with its prediction")
-    add_model_arguments(parser, "the one the prompt was tuned for")
+    add_session_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -220,8 +220,8 @@ def _check_clean(folder: Path, files: Mapping[str, bytes]) -> None:
         path = folder / name
         if path.suffix == ".jsonl" and path.is_file() and path.read_bytes() != content:
             raise InputError(
-                f"expected the data, cleaning, shots and seed of the run to go on with, got others: {str(path)!r} would "
-                "change; start a new run in another output_dir"
+                f"expected the data, cleaning, shots and seed of the run to go on with, got others: {str(path)!r} "
+                "would change; start a new run in another output_dir"
             )
 
 
