@@ -272,7 +272,7 @@ def test_a_changed_model_is_noticed(world: Any, call: Callable[..., Any], tmp_pa
 
 
 def test_divergence_is_status_one(world: Any, call: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
-    def diverge(self: Any, resume: Any = False) -> None:
+    def diverge(self: Any, resume: Any = False, on_start: Any = None) -> None:
         raise TrainingDiverged("step 2: the loss is not finite", 2, [1, 2])
 
     monkeypatch.setattr("ptengine.training.Trainer.fit", diverge)
