@@ -97,6 +97,7 @@ def generate(
     ids, as_text = _token_rows(inputs, tokenizer)
     with patched(model), eval_mode(model):
         spec = require_patched(model)
+        _check_vocabulary(ids, spec.vocab_size)
         if spec.kind == "encoder" or spec.lm_head is None:
             raise InputError(
                 f"expected a causal model or an encoder-decoder with an LM head to generate with, got "
@@ -254,7 +255,14 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
     if isinstance(inputs, str):
         inputs = [inputs]
     if isinstance(inputs, Mapping):
+        if "input_ids" not in inputs:
+            raise InputError(
+                f"expected input_ids in the mapping of inputs, got {', '.join(map(repr, inputs)) or 'none'}"
+            )
         tokens, mask = inputs["input_ids"], inputs.get("attention_mask")
+        for name, value in (("input_ids", tokens), ("attention_mask", mask)):
+            if not isinstance(value, Tensor) and not (value is None and name == "attention_mask"):
+                raise InputError(f"expected {name} as a tensor (return_tensors='pt'), got {type(value).__name__}")
         keep = torch.ones_like(tokens) if mask is None else mask
         if keep.shape != tokens.shape:
             raise InputError(f"expected attention_mask of shape {list(tokens.shape)}, got {list(keep.shape)}")
@@ -263,12 +271,17 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
         if inputs.dim() != 2:
             raise InputError(f"expected input_ids [B, T], got {list(inputs.shape)}")
         rows = inputs.tolist()
+    elif not isinstance(inputs, Sequence):
+        raise InputError(f"expected texts, lists of token ids, a tensor or a mapping, got {type(inputs).__name__}")
     elif inputs and all(isinstance(text, str) for text in inputs):
         if tokenizer is None:
             raise InputError("expected a tokenizer to go with texts, got None")
         as_text = True
         rows = [list(tokenizer(text)["input_ids"]) for text in inputs]
     else:
+        for index, row in enumerate(inputs):
+            if not isinstance(row, Sequence | Tensor):
+                raise InputError(f"input {index}: expected texts or token ids, got {type(row).__name__}")
         rows = [list(row) for row in inputs]  # type: ignore[arg-type]
     if not rows:
         raise InputError("expected at least one input, got none")
@@ -278,6 +291,13 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
         if not all(isinstance(token, int) for token in row):
             raise InputError(f"input {index}: expected texts or token ids, got {type(row[0]).__name__}")
     return rows, as_text
+
+
+def _check_vocabulary(rows: Sequence[Sequence[int]], size: int) -> None:
+    for index, row in enumerate(rows):
+        wrong = next((token for token in row if not 0 <= token < size), None)
+        if wrong is not None:
+            raise InputError(f"input {index}: expected token ids from 0 to {size - 1}, got {wrong}")
 
 
 def _lowered(prompt: Any, batch: int) -> tuple[list[LoweredPrompt], list[int]]:

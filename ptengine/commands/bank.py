@@ -58,7 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     search.add_argument("--max-length", type=whole(1), metavar="N", help="longest row in tokens")
     search.add_argument("--truncation", action="store_true", help="cut rows that are longer")
-    add_model_arguments(search, "the embedded one, or that of --prompt")
+    add_model_arguments(
+        search,
+        "the embedded one, or that of --prompt",
+        "the model's, or that of --prompt",
+        "float32, or that of --prompt",
+    )
     carry = _action(actions, "carry", "carry a soft prompt to another model that shares tokens with its own")
     carry.add_argument("--name", metavar="NAME", required=True, help="of the entry to carry")
     carry.add_argument("--from", dest="source", metavar="PATH", required=True, help="folder of the model it is for")

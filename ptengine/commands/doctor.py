@@ -11,7 +11,7 @@ from typing import Any
 from ptengine import __version__
 from ptengine.commands import Outcome
 from ptengine.commands.options import DTYPES, choice
-from ptengine.errors import UnsupportedModelError
+from ptengine.errors import InputError, UnsupportedModelError
 
 EXAMPLE = """  ptengine doctor
   ptengine doctor --model path/to/llama"""
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    for name in ("dtype", "device"):
+        if args.model is None and getattr(args, name) is not None:
+            raise InputError(f"expected --model with --{name}, got --{name} alone")
+
     import torch
 
     from ptengine.commands.loading import import_operations

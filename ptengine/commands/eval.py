@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import add_model_arguments, whole
-from ptengine.commands.session import add_prompt_argument, open_prompt
+from ptengine.commands.options import whole
+from ptengine.commands.session import add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -40,14 +40,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--write-texts", action="store_true", help="generation: also write texts and score those")
     parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N", help="of a text (default: 64)")
     parser.add_argument("--predictions", metavar="FILE", help="write one JSON line per row with its prediction")
-    add_model_arguments(parser, "the one the prompt was tuned for")
+    add_session_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
     from ptengine.data.tasks import trains_head
     from ptengine.training import evaluate
 
-    if args.predictions is not None and not Path(args.predictions).absolute().parent.is_dir():
+    target = None if args.predictions is None else Path(args.predictions).absolute()
+    if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"expected --predictions, a file in a folder that exists, got {args.predictions!r}")
     _check_ensemble(args)
     session = open_prompt(args)
@@ -90,10 +91,12 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _check_ensemble(args: argparse.Namespace) -> None:
+    from ptengine.commands.recipe import find_prompt
+
     if args.weights_from is not None and not args.ensemble:
         raise InputError("expected --ensemble with --weights-from, got --weights-from alone")
     named = [args.prompt, *args.ensemble]
-    if len(set(named)) < len(named):
+    if args.ensemble and len({find_prompt(name)[0].resolve() for name in named}) < len(named):
         raise InputError(f"expected different prompts in an ensemble, got {', '.join(named)}")
     for option in ("hard_prompt_only", "write_texts"):
         if args.ensemble and getattr(args, option):

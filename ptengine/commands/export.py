@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import add_model_arguments, choice
-from ptengine.commands.session import add_prompt_argument, open_prompt
+from ptengine.commands.options import choice
+from ptengine.commands.session import add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--peft-type", metavar="NAME", help="with peft: PROMPT_TUNING, CARTRIDGE, ... (default: plain)")
     parser.add_argument("--output", metavar="DIR", required=True, help="new or empty folder")
-    add_model_arguments(parser, "the one the prompt was tuned for; needed where the prompt's folder has no task.json")
+    add_session_arguments(parser, "; needed where the prompt's folder has no task.json")
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -7,8 +7,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import add_model_arguments, number, whole
-from ptengine.commands.session import Session, add_prompt_argument, open_prompt
+from ptengine.commands.options import number, whole
+from ptengine.commands.session import Session, add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     writing.add_argument("--top-p", type=number, metavar="X", help="of sampling, above 0, at most 1 (default: 1)")
     writing.add_argument("--seed", type=whole(0), metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="rows per forward (default: 32)")
-    add_model_arguments(parser, "the one the prompt was tuned for")
+    add_session_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -157,13 +157,15 @@ def absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).resolve())
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, default: str) -> None:
-    """Which frozen model; `default` says what runs without ``--model``."""
+def add_model_arguments(
+    parser: argparse.ArgumentParser, default: str, tokenizer: str = "the model's", dtype: str = DTYPES[0]
+) -> None:
+    """Which frozen model; `default`, `tokenizer` and `dtype` say what is taken where an option is not given."""
     group = parser.add_argument_group("model")
     group.add_argument("--model", metavar="PATH", help=f"folder of a transformers checkpoint (default: {default})")
-    group.add_argument("--tokenizer", metavar="PATH", help="folder of its tokenizer (default: the model's)")
+    group.add_argument("--tokenizer", metavar="PATH", help=f"folder of its tokenizer (default: {tokenizer})")
     group.add_argument(
-        "--dtype", type=choice(*DTYPES), metavar="NAME", help=f"of the model: {', '.join(DTYPES)} (default: float32)"
+        "--dtype", type=choice(*DTYPES), metavar="NAME", help=f"of the model: {', '.join(DTYPES)} (default: {dtype})"
     )
     group.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
 

@@ -6,13 +6,14 @@ import argparse
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from ptengine.commands.options import add_model_arguments
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
     from ptengine.data import Task
     from ptengine.prompts import Prompt
 
-__all__ = ["Session", "add_prompt_argument", "open_prompt"]
+__all__ = ["Session", "add_prompt_argument", "add_session_arguments", "open_prompt"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,13 @@ def add_prompt_argument(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         required=True,
         help="output folder of ptengine tune or demo (or its prompt/ or best/)",
+    )
+
+
+def add_session_arguments(parser: argparse.ArgumentParser, model: str = "") -> None:
+    """Which model stands behind the prompt: what its folder says, unless an option says otherwise."""
+    add_model_arguments(
+        parser, f"the one the prompt was tuned for{model}", "that of the tuning, or of --model", "that of the tuning"
     )
 
 

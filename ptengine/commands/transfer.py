@@ -137,7 +137,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="train on (1-u)*labelled + u*unlabelled texts, taught by the source prompt; 1: without the shots' labels",
     )  # fmt: skip
     prompt.add_argument(
-        "--confidence", type=number, default=0.9, metavar="P",
+        "--confidence", type=number, metavar="P",
         help="unlabelled texts count of which the source prompt is at least this sure (default: 0.9)",
     )  # fmt: skip
     prompt.add_argument(
@@ -234,8 +234,9 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
         raise InputError(f"expected --joint with --joint-schedule, got --joint-schedule {args.joint_schedule} alone")
     if (args.self_train is None) != (args.unlabelled is None):
         raise InputError("expected --self-train and --unlabelled together, got one of them")
-    if args.self_train is None and args.consistency is not None:
-        raise InputError("expected --self-train with --consistency, got --consistency alone")
+    for name in ("confidence", "consistency"):
+        if args.self_train is None and getattr(args, name) is not None:
+            raise InputError(f"expected --self-train with --{name}, got --{name} alone")
     if args.distill is None and args.distill_similarity is not None:
         raise InputError("expected --distill with --distill-similarity, got --distill-similarity alone")
     return FlowSettings(
@@ -265,7 +266,7 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
             if args.self_train is None
             else SelfTrain(
                 args.self_train,
-                args.confidence,
+                0.9 if args.confidence is None else args.confidence,
                 views=None if args.consistency is None else Augmentation(args.consistency, seed=seed),
             ),
         ),

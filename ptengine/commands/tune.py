@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
     from ptengine.commands.recipe import Recipe, model_fingerprint
     from ptengine.data.tasks import placed_virtual_tokens
-    from ptengine.files import make_directory, write_json_atomic
+    from ptengine.files import write_json_atomic
     from ptengine.prompts import create, prompt_class
     from ptengine.training import Trainer, TrainingConfig, evaluate
     from ptengine.training.evaluation import evaluation_options
@@ -134,8 +134,8 @@ def run(args: argparse.Namespace) -> Outcome:
             data, lines, prompt = run_sweep(args, config, recipe, model, tokenizer, make_prompt)
         else:
             trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
-            recipe.write(make_directory(output))
-            data = _describe(args, trainer.fit(resume=args.resume))
+            # Only then: a run that is refused must not say of the one that is there which model it was for.
+            data = _describe(args, trainer.fit(resume=args.resume, on_start=lambda: recipe.write(output)))
             lines = _run_lines(data)
     if args.test is not None and prompt is not None:
         judged = evaluate(

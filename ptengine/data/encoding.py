@@ -193,8 +193,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
 
 def too_long(source_name: str, index: int, length: int, max_tokens: int, detail: str) -> InputError:
     return InputError(
-        f"{place(source_name, index)}: expected at most {max_tokens} tokens (the model's context minus the prompt), "
-        f"got {length} ({detail})"
+        f"{place(source_name, index)}: expected at most {max_tokens} tokens (max_length, or the model's context "
+        f"minus the prompt), got {length} ({detail})"
     )
 
 

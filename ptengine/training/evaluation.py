@@ -142,6 +142,11 @@ def _check_room(rows: Sequence[EncodedRow], room: int, new: int, apart: bool) ->
         if 1 + new > room:
             raise InputError(f"expected max_new_tokens of at most {room - 1}, the positions of a target, got {new}")
         return
+    if new >= room:
+        raise InputError(
+            f"expected max_new_tokens of at most {room - 1} (the backbone's positions minus the prompt and one token "
+            f"of text), got {new}"
+        )
     for row in rows:
         if not 1 <= row.prompt_length <= room - new:
             raise InputError(

@@ -55,15 +55,16 @@ def run_identity(
         for name in _LENGTH_SETTINGS:
             del settings[name]
     settings["learning_rate"] = learning_rate
+    # Causes before what follows from them: a prompt's own learning rate depends on its method and its model.
     return {
-        "config": settings,
+        "model": {"fingerprint": fingerprint_model(model, skip=set(head))},
         "prompt": {
             "method": getattr(prompt, "method", None),
             **_settings(prompt),
             **_shapes(prompt.state_dict() if prompt is not None else {}),
         },
         "head": _shapes(head),
-        "model": {"fingerprint": fingerprint_model(model, skip=set(head))},
+        "config": settings,
         "train_data": train,
         "eval_data": evaluation,
         "step_loss": step_loss,

@@ -138,7 +138,7 @@ class PromptSet:
         """
         started = time.perf_counter()
         plans = [trainer.make_plan() for trainer in self.members]
-        if not self.output_dir.exists():
+        if not all(folder.exists() for folder in (self.output_dir, *(plan.output_dir for plan in plans))):
             self._start(plans, resume)  # a refusal leaves no folder behind
         with self._folders(plans):
             checkpoint = self._start(plans, resume)

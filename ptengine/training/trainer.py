@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,7 +179,7 @@ class Trainer:
         )
         warmup_steps(config, self._total_steps)
 
-    def fit(self, resume: Resume = False) -> TrainingResult:
+    def fit(self, resume: Resume = False, *, on_start: Callable[[], object] | None = None) -> TrainingResult:
         """Train, and write everything into ``config.output_dir``.
 
         Resuming is exact: on one machine and one version of torch the resumed run's losses, evaluations and final
@@ -194,6 +195,8 @@ class Trainer:
                 checkpoint in output_dir (a torn one is named in a warning and passed over), and from the start where
                 there is none, so a job that may be killed at any time can always pass True. A path goes on from that
                 checkpoint folder; output_dir must then hold no newer one.
+            on_start: called once nothing is left to refuse and output_dir is there and held, before the first step: for
+                files that describe the run and must not be replaced by a run that is refused.
 
         Returns:
             What was done.
@@ -213,6 +216,8 @@ class Trainer:
         with exclusive(make_directory(plan.output_dir)):
             checkpoint = _start(plan, resume)
             clean_leftovers(plan.output_dir)
+            if on_start is not None:
+                on_start()
             result = None
             prompts = [] if self.prompt is None else [self.prompt]
             with (

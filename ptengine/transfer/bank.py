@@ -184,7 +184,10 @@ class PromptBank:
             raise InputError(f"expected a name of at most 80 letters, digits, '_', '-' or '.', got {name!r}")
         where = self.path / name
         if where.exists() and not replace:
-            raise InputError(f"expected a name that is free in the bank {str(self.path)!r}, got {name!r}; replace=True")
+            raise InputError(
+                f"expected a name that is free in the bank {str(self.path)!r}, got {name!r}; with replace=True "
+                "(--replace) the new entry takes its place"
+            )
         check_prompt(prompt, model)
         folded = prompt.fold()
         start = None if initial is None else initial.fold()

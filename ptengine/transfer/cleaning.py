@@ -162,9 +162,8 @@ def clean(
     kept = work.apart(kept, {text_key(row, text_columns) for row in apart_from})
     kept = work.balanced(kept)
     if not kept:
-        raise InputError(
-            f"{source}: expected rows that are left after cleaning, got none of {len(raw)}: {work.dropped}"
-        )
+        why = ", ".join(f"{reason} ({count})" for reason, count in work.dropped.items())
+        raise InputError(f"{source}: expected rows that are left after cleaning, got none of {len(raw)}: {why}")
     report = CleaningReport(
         source=source,
         rows=len(raw),

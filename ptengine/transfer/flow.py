@@ -164,6 +164,7 @@ def run_flow(
     if settings.pool_sources:
         data = _pooled(data)
     work.check(data, len(banked))
+    _check_clean(output / "clean", files)
     make_directory(output / "clean")
     write_together(output / "clean", files)
     curve: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
@@ -211,6 +212,17 @@ def run_flow(
         left_out=left_out,
         uncontrolled=f"the data of {', '.join(without)} is not at hand" if settings.control and without else None,
     )  # fmt: skip
+
+
+def _check_clean(folder: Path, files: Mapping[str, bytes]) -> None:
+    """A run to go on with must be of the rows that it was of, and its files must stay theirs."""
+    for name, content in files.items():
+        path = folder / name
+        if path.suffix == ".jsonl" and path.is_file() and path.read_bytes() != content:
+            raise InputError(
+                f"expected the data, cleaning, shots and seed of the run to go on with, got others: {str(path)!r} "
+                "would change; start a new run in another output_dir"
+            )
 
 
 @dataclass(frozen=True)

@@ -264,6 +264,19 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "texts without a tokenizer": (lambda m: generate(m, virtual(3), ["a", "b"]), "a tokenizer to go with texts"),
     "texts among tokens": (lambda m: generate(m, virtual(3), [[5], "b"]), "texts or token ids, got str"),
     "fractions": (lambda m: generate(m, virtual(3), [[0.5]]), "texts or token ids, got float"),
+    # These came as TypeErrors and KeyErrors of Python's.
+    "no text": (lambda m: generate(m, virtual(3), [None]), "input 0: expected texts or token ids, got NoneType"),
+    "token ids without a list": (lambda m: generate(m, virtual(3), [5, 6]), "input 0: .* token ids, got int"),
+    "none for inputs": (lambda m: generate(m, virtual(3), None), "expected texts, .* or a mapping, got NoneType"),
+    "a mapping without ids": (lambda m: generate(m, virtual(3), {"ids": 1}), "expected input_ids .*, got 'ids'"),
+    "a mapping of lists": (
+        lambda m: generate(m, virtual(3), {"input_ids": [[5], [6, 7]]}), "input_ids as a tensor .*, got list"
+    ),
+    # An IndexError on a CPU; on a GPU it ended the process.
+    "an id beyond the vocabulary": (
+        lambda m: generate(m, virtual(3), [[5], [6, 10**6]]), "input 1: expected token ids from 0 to .*, got 1000000"
+    ),
+    "an id below zero": (lambda m: generate(m, virtual(3), [[-100]]), "input 0: expected token ids .*, got -100"),
     "one axis": (lambda m: generate(m, virtual(3), torch.tensor([5, 6])), r"input_ids \[B, T\], got \[2\]"),
     "mask of another shape": (
         lambda m: generate(m, virtual(3), {"input_ids": torch.ones(2, 3, dtype=torch.int64),

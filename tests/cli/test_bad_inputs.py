@@ -338,6 +338,13 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     "texts of a classification task": (lambda b: b.eval("--write-texts"), ("GenerationTask", "ClassificationTask")),
     "predictions in no folder": (lambda b: b.eval("--predictions", "no/such/file"), ("--predictions", "no/such/file")),
+    # It was ignored: "no problems" of a device that is not there.
+    "device of no model": (lambda b: ["doctor", "--device", "cuda"], ("--model with --device",)),
+    "dtype of no model": (lambda b: ["doctor", "--dtype", "float16"], ("--model with --dtype",)),
+    # The message blamed the model's context.
+    "rows longer than is allowed": (lambda b: b.tune("--max-length", "3"), ("at most 3 tokens (max_length, or",)),
+    # It came as an error of the system's about a temporary name, after the evaluation.
+    "predictions over a folder": (lambda b: b.eval("--predictions", "d.csv"), ("--predictions", "'d.csv'")),
     "no rows to generate for": (lambda b: b.generate(), ("--text, --column and --data", "none")),
     "two sources of rows": (
         lambda b: b.generate("--text", "a", "--data", b.world.test),

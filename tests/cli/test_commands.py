@@ -39,6 +39,14 @@ def test_help_shows_an_example_and_json(command: str, call: Callable[..., Any]) 
     assert result.err == ""
 
 
+@pytest.mark.parametrize("command", ["eval", "generate", "export"])
+def test_help_said_that_a_tuned_prompt_runs_in_float32(command: str, call: Callable[..., Any]) -> None:
+    """Its model runs in the dtype and with the tokenizer that its folder names."""
+    text = " ".join(call(command, "--help").out.split())
+    assert "float32, bfloat16, float16 (default: that of the tuning)" in text
+    assert "folder of its tokenizer (default: that of the tuning, or of --model)" in text
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_in_the_overview(command: str, call: Callable[..., Any]) -> None:
     assert f"\n  {command} " in call("--help").out
@@ -280,7 +288,7 @@ def test_a_changed_model_is_noticed(world: Any, call: Callable[..., Any], tmp_pa
 
 
 def test_divergence_is_status_one(world: Any, call: Callable[..., Any], tmp_path: Path, monkeypatch: Any) -> None:
-    def diverge(self: Any, resume: Any = False) -> None:
+    def diverge(self: Any, resume: Any = False, on_start: Any = None) -> None:
         raise TrainingDiverged("step 2: the loss is not finite", 2, [1, 2])
 
     monkeypatch.setattr("ptengine.training.Trainer.fit", diverge)

@@ -66,6 +66,11 @@ def test_two_files_to_a_report_and_a_prompt_for_eval(world: Any, call: Callable[
     other = call(*arguments, "--resume", "--anchor", "1")
     assert other.status == 2
     assert "expected strategy" in other.err
+    # A refused resumption left its own shots and test rows in place of those of the run that is there.
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    reseeded = call(*arguments, "--resume", "--seed", "7")
+    assert (reseeded.status, "shots.jsonl' would change" in reseeded.err) == (2, True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
 
 
 def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
@@ -246,6 +251,8 @@ def test_an_ensemble_is_evaluated_in_one_call(world: Any, call: Callable[..., An
     assert weighed[str(a)] != 0.5
     for more, words in (
         (["--ensemble", a], "different prompts"),
+        # One prompt under two names counted twice.
+        (["--ensemble", f"{a}/prompt"], "different prompts"),
         (["--write-texts"], "without --write-texts"),
         (["--ensemble", "nowhere"], "no folder"),
     ):
@@ -258,6 +265,8 @@ def test_an_ensemble_is_evaluated_in_one_call(world: Any, call: Callable[..., An
     ("arguments", "words"),
     [
         (["transfer", *ASKED], "expected --source or --bank"),
+        # Without --self-train it was read by nothing, and 2 is no probability.
+        (["transfer", *ASKED, "--bank", ".", "--confidence", "2"], "expected --self-train with --confidence"),
         (["transfer", *ASKED, "--bank", "nowhere"], "no folder"),
         (["transfer", *ASKED, "--bank", "."], "expected a bank with a prompt to transfer from"),
         (["bank"], "expected ACTION"),

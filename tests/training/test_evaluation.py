@@ -12,6 +12,7 @@ import torch
 
 from ptengine.backbone import is_patched
 from ptengine.data import ClassificationTask, Template, Verbalizer, classification_metrics, generation_metrics
+from ptengine.errors import InputError
 from ptengine.training import evaluate
 
 
@@ -175,3 +176,13 @@ def test_a_prompt_learns_which_words_are_asked_for(tiny: ModuleType, tmp_path: P
     ).fit()
     after = evaluate(model, prompt, tiny.words_task(), test, tokens).metrics["loss"]
     assert after < 2.5 < 4.0 < before
+
+
+def test_too_many_new_tokens_were_refused_as_a_text_of_less_than_none(tiny: ModuleType) -> None:
+    """The message asked for "a text of 1 to -92 tokens" where no text would do."""
+    model, rows, tokens = tiny.llama(), tiny.rows(2, 6), tiny.tokenizer()
+    room = model.config.max_position_embeddings - 4
+    with pytest.raises(InputError, match=rf"expected max_new_tokens of at most {room - 1} .*, got {room}$"):
+        evaluate(
+            model, tiny.soft(model, 4), tiny.text_task(), rows, tokens, batch_size=2, generate=True, max_new_tokens=room
+        )

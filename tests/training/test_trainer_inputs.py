@@ -102,6 +102,15 @@ def test_bad_input_is_one_error_before_anything_is_written(tiny: ModuleType, tmp
     assert not (tmp_path / "out").exists()
 
 
+def test_a_missing_tokenizer_was_a_type_error(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.gpt2()
+    config = TrainingConfig(output_dir=str(tmp_path / "out"), max_steps=1)
+    with pytest.raises(InputError, match="expected tokenizer, that of the model, got NoneType"):
+        Trainer(model, tiny.soft(model), tiny.rows(3), config=config, task=tiny.words_task(), tokenizer=None)
+    with pytest.raises(InputError, match="expected tokenizer, that of the model, got NoneType"):
+        evaluate(model, None, tiny.words_task(), tiny.rows(3), None)
+
+
 def test_config_is_required(tiny: ModuleType) -> None:
     model = tiny.gpt2()
     with pytest.raises(InputError, match="expected config, a TrainingConfig, got NoneType"):

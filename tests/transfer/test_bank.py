@@ -127,7 +127,7 @@ def test_bad_additions_are_refused_before_anything_is_written(tiny: ModuleType, 
         bank.add("a", tiny.soft(model), model=model, tokenizer=tiny.tokenizer(), task="sentiment")  # type: ignore[arg-type]
     assert not (tmp_path / "bank").exists()
     add(bank, tiny, "a", tiny.soft(model), model)
-    with pytest.raises(InputError, match="name that is free"):
+    with pytest.raises(InputError, match=r"name that is free.*--replace"):
         add(bank, tiny, "a", tiny.soft(model), model)
     with pytest.raises(InputError, match=r"one of a, got 'b'"):
         bank.entry("b")
