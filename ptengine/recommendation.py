@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
-from ptengine.data import ClassificationTask, GenerationTask, Task
+from ptengine.data import GenerationTask, Task, VerbalizedTask
 from ptengine.data.tasks import placed_virtual_tokens
 from ptengine.errors import InputError
 from ptengine.prompts.facts import backbone_facts
@@ -189,7 +189,7 @@ def _start(method: str, task: Task, count: int, reasons: list[Reason]) -> dict[s
             )
         )
         return {"init": "random"}
-    if isinstance(task, ClassificationTask):
+    if isinstance(task, VerbalizedTask):
         words = [words[0] for words in task.verbalizer.words.values()][:count]
         reasons.append(Reason("options", "a start at the labels' words is the best of the three tried", _LESTER))
         return {"init": "class_labels", "class_labels": words}

@@ -21,6 +21,7 @@ from ptengine import recommendation
 from ptengine.data import (
     ClassificationTask,
     GenerationTask,
+    Seq2SeqClassificationTask,
     Seq2SeqTask,
     SequenceClassificationTask,
     Template,
@@ -69,6 +70,8 @@ def test_an_encoder_decoder_that_takes_no_prefix_gets_virtual_tokens(family, met
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "decoder_start_token_id": 0}
     model = AutoModelForSeq2SeqLM.from_config(AutoConfig.for_model(family, vocab_size=61, **sizes)).eval()
     found = recommend(model, Seq2SeqTask(Template("{text}")), 32)
+    words = recommend(model, Seq2SeqClassificationTask(Template("{text}"), WORDS.verbalizer), 32)
+    assert (words.method, words.options["class_labels"]) == ("soft_prompt", [" good", " bad"])
     assert found.method == method
     prompt = create(found.method, model, tokenizer=tokenizer, **found.options)
     assert ptengine.generate(model, prompt, [[5, 6], [7]], max_new_tokens=3).shape[0] == 2
