@@ -135,7 +135,7 @@ def run_flow(
     """Run every stage, going on with those that `training.output_dir` already holds.
 
     Args:
-        model, tokenizer: the frozen backbone: causal, or a masked language model.
+        model, tokenizer: the frozen backbone: causal, a masked language model or an encoder-decoder.
         sources: name to rows; every source gets a prompt of its own, or all one (`FlowSettings.pool_sources`). May be
             empty with a `bank`.
         target: the target's rows.
