@@ -26,8 +26,8 @@ domains. Only scratch's configuration and the oracle are picked on test rows. In
 
 One file a pair lies in --out, so a run that was cut off goes on, and `--shard I/N` of N processes share the folder:
 first `--stage sources` (at most N = 2 per method and bank is of use), when all are done `--stage pairs`, then
-`--stage pooled` (N = 2) and `--stage merge`; without --stage all four follow one another. With `--minutes` a smaller
-experiment stops in time.
+`--stage pooled`, `--stage controls` (N = 2) and `--stage merge`; without --stage all follow one another. With
+`--minutes` a smaller experiment stops in time.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ PLAIN_SETTING = "1 x rate, 1 x steps"
 """Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
 STRATEGIES = {"joint": Strategy(joint=Joint(0.5)), "anchor": Strategy(anchor=Anchor(1.0))}
 SCORES = ("source_only", "plain", *STRATEGIES, "shuffled", "oracle")
-POOLED = ("pooled_source_only", "pooled", *(f"pooled_{name}" for name in STRATEGIES), "pooled_shuffled")
+POOLED = ("pooled_source_only", "pooled")
+POOLED_CONTROLS = (*(f"pooled_{name}" for name in STRATEGIES), "pooled_shuffled")
 SHORT = {"shots": [16], "methods": ["soft"], "seeds": 2, "steps": 30, "source_steps": 50, "test_rows": 120,
          "guard_seeds": 1, "max_length": 64}  # fmt: skip
 FULL = {"shots": [16, 32], "methods": ["soft", "deep"], "seeds": 6, "steps": 40, "source_steps": 200, "test_rows": 300,
@@ -136,7 +137,7 @@ def run_pairs(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: P
             fits.append(Fit(prompt, shots, test, steps, steps, prompt.default_learning_rate(), seed))
             names.append((key, name))
     results = lab.fit_all(fits)
-    for (key, rate), result in zip(scratch_names, results, strict=False):
+    for (key, rate), result in zip(scratch_names, results[: len(scratch_names)], strict=True):
         found[key]["scratch"] |= read_scratch(rate, result, steps)
     for (key, name), result in zip(names, results[len(scratch_names) :], strict=True):
         of = found[key]
@@ -170,34 +171,57 @@ def strategies(lab: Lab, key: Key, start: Prompt, rows: Any, settings: Mapping[s
 
 
 def run_pooled(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
-    """Add to every pair of `method` what comes of the prompt of all other domains."""
+    """Add to every pair of `method` what the prompt of all other domains scores, untouched and tuned on the shots."""
+    lab.make_sources(method, "pooled")
+    untouched = {
+        target: lab.accuracy(lab.source(method, "pooled", target), lab.encode(target, "test", settings["test_rows"]))
+        for target in settings["targets"]
+    }
+    for found in lacking(POOLED, method, settings, out, deadline):
+        plain = tuned_from(lab, "pooled", list(found), settings)
+        for key, of in found.items():
+            add_scores(out, key, of, dict(zip(POOLED, (untouched[key[2]], plain[key]), strict=True)))
+
+
+def run_controls(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
+    """Add to every pair of `method` the anchored runs of the prompt of all other domains, and its control."""
     for kind in POOLED_KINDS:
         lab.make_sources(method, kind)
     rows = {target: lab.encoding(lab.lesson("pooled", target)[0], target) for target in settings["targets"]}
+    for found in lacking(POOLED_CONTROLS, method, settings, out, deadline):
+        control = tuned_from(lab, "pooled-shuffled", list(found), settings)
+        for key, of in found.items():
+            lab.encode(key[2], "test", settings["test_rows"])
+            scores = strategies(lab, key, lab.source(method, "pooled", key[2]), rows[key[2]], settings)
+            anchored = {f"pooled_{name}": scores[name] for name in STRATEGIES}
+            add_scores(out, key, of, anchored | {"pooled_shuffled": control[key]})
+
+
+def lacking(
+    names: Sequence[str], method: str, settings: Mapping[str, Any], out: Path, deadline: float
+) -> Iterator[dict[Key, dict[str, Any]]]:
+    """The pairs of `method` that have a file without all of `names`, with what is in it, in groups, until the end."""
     for group in pair_keys(settings, settings["targets"]):
-        for key in group:
-            path = path_of(out, key)
-            if key[0] != method or not path.exists() or time.monotonic() > deadline:
-                continue
-            found = json.loads(path.read_text())
-            if set(POOLED) <= set(found):
-                continue
-            scores = pooled_scores(lab, key, rows[key[2]], settings)
-            write_json_atomic(path, found | scores)
-            print(f"{'/'.join(map(str, key))}: {scores}", flush=True)
+        keys = [key for key in group if key[0] == method and path_of(out, key).exists()]
+        found = {key: json.loads(path_of(out, key).read_text()) for key in keys}
+        found = {key: of for key, of in found.items() if not set(names) <= set(of)}
+        if found and time.monotonic() < deadline:
+            yield found
 
 
-def pooled_scores(lab: Lab, key: Key, rows: Any, settings: Mapping[str, Any]) -> dict[str, float]:
-    method, count, target, seed = key
-    shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
-    start = lab.source(method, "pooled", target)
-    found = {f"pooled_{name}": score for name, score in strategies(lab, key, start, rows, settings).items()}
-    fits = []
-    for kind in POOLED_KINDS:
-        prompt, steps = start_from(lab.model, lab.source(method, kind, target)), settings["steps"]
+def tuned_from(lab: Lab, kind: str, keys: Sequence[Key], settings: Mapping[str, Any]) -> dict[Key, float]:
+    """Test accuracy of plain tuning from the pooled prompt of `kind`, all pairs in one batch a step."""
+    fits, steps = [], settings["steps"]
+    for method, count, target, seed in keys:
+        prompt = start_from(lab.model, lab.source(method, kind, target))
+        shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
         fits.append(Fit(prompt, shots, test, steps, steps, prompt.default_learning_rate(), seed))
-    plain, control = lab.fit_all(fits)
-    return found | {"pooled": plain.metrics["accuracy"], "pooled_shuffled": control.metrics["accuracy"]}
+    return {key: result.metrics["accuracy"] for key, result in zip(keys, lab.fit_all(fits), strict=True)}
+
+
+def add_scores(out: Path, key: Key, found: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+    write_json_atomic(path_of(out, key), {**found, **scores})
+    print(f"{'/'.join(map(str, key))}: {scores}", flush=True)
 
 
 def run_guard(
@@ -235,7 +259,7 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
     for name in pairs:
         groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
     found: dict[str, Any] = {}
-    scored = [name for name in (*SCORES, *POOLED) if all(name in pair for pair in pairs.values())]
+    scored = [name for name in (*SCORES, *POOLED, *POOLED_CONTROLS) if all(name in pair for pair in pairs.values())]
     columns: dict[str, list[float]] = {name: [] for name in ("scratch", "scratch_of_one_setting", *scored)}
     for group, names in sorted(groups.items()):
         configurations = pairs[names[0]]["scratch"]
@@ -367,7 +391,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="of N processes, the I-th from 0")
     parser.add_argument(
-        "--stage", choices=("sources", "pairs", "pooled", "merge"), help="(default all, one after another)"
+        "--stage",
+        choices=("sources", "pairs", "pooled", "controls", "merge"),
+        help="controls: of the pooled prompts (default all, one after another)",
     )
     parser.add_argument("--minutes", type=float, help="stop in time; also a smaller experiment unless set otherwise")
     parser.add_argument("--shots", type=int, nargs="+", help="per class (default 16 32; 16 with --minutes)")
@@ -443,6 +469,9 @@ def main() -> None:
     if args.stage in (None, "pooled"):
         for method in settings["methods"][index::count]:
             run_pooled(lab, method, settings, args.out, deadline)
+    if args.stage in (None, "controls"):
+        for method in settings["methods"][index::count]:
+            run_controls(lab, method, settings, args.out, deadline)
     if args.stage in (None, "merge"):
         facts = args.model / "training.json"
         backbone = json.loads(facts.read_text()) if facts.exists() else str(args.model)

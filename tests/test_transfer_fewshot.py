@@ -209,3 +209,18 @@ def test_a_bag_of_words_sees_no_row_of_the_target_but_the_shots() -> None:
     settings = {"language": "en", "targets": ["music", "books"], "test_rows": 9, "shots": [2], "seeds": 2}
     found = experiment.bags_of_words(Rows(), settings)  # type: ignore[arg-type]
     assert found == {"all rows of the other domains": 0.0, "2 shots": 1.0}
+
+
+def test_a_stage_goes_on_with_the_pairs_that_lack_its_scores(tmp_path: Path) -> None:
+    settings = {"seeds": 1, "shots": [16], "methods": ["soft", "deep"], "targets": ["music", "health", "kitchen"]}
+    (tmp_path / "pairs").mkdir()
+    done, begun = ("soft", 16, "music", 0), ("soft", 16, "health", 0)
+    experiment.add_scores(tmp_path, done, {"scratch": {}}, dict.fromkeys(experiment.POOLED, 0.5))
+    experiment.add_scores(tmp_path, begun, {"scratch": {}}, {experiment.POOLED[0]: 0.5})
+    experiment.add_scores(tmp_path, ("deep", 16, "health", 0), {"scratch": {}}, {})
+    never, now = float("inf"), 0.0
+    (found,) = experiment.lacking(experiment.POOLED, "soft", settings, tmp_path, never)
+    assert found == {begun: {"scratch": {}, experiment.POOLED[0]: 0.5}}
+    (found,) = experiment.lacking(experiment.POOLED_CONTROLS, "soft", settings, tmp_path, never)
+    assert set(found) == {done, begun}
+    assert list(experiment.lacking(experiment.POOLED, "soft", settings, tmp_path, now)) == []

@@ -22,7 +22,7 @@ from ptengine.data.encoding import (
     plain_columns,
     too_long,
 )
-from ptengine.data.tasks import GenerationTask, VerbalizedTask, with_target
+from ptengine.data.tasks import GenerationTask, VerbalizedTask, with_every_word, with_target
 from ptengine.data.templates import Template
 from ptengine.data.verbalizers import BoundVerbalizer
 from ptengine.errors import InputError
@@ -130,11 +130,7 @@ class Seq2SeqClassificationTask(VerbalizedTask):
 
     def candidates(self, row: EncodedRow, bound: BoundVerbalizer) -> list[EncodedRow]:
         """The row once per word of the verbaliser, as `ClassificationTask.candidates`."""
-        source = row.input_ids[: row.prompt_length]
-        return [
-            with_target(source, word, row.index, class_id=class_id)
-            for word, class_id in zip(bound.words, bound.word_labels, strict=True)
-        ]
+        return with_every_word(row, bound)
 
 
 def _sources(

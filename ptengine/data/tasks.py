@@ -163,11 +163,7 @@ class ClassificationTask(VerbalizedTask):
         Each has the row's text and index, the word as its labelled target and the word's label as `class_id`. The log
         probability of a word is the sum over its labelled tokens; a label's, the log-sum-exp over its words.
         """
-        text = row.input_ids[: row.prompt_length]
-        return [
-            with_target(text, word, row.index, class_id=class_id, virtual_at=row.virtual_at)
-            for word, class_id in zip(bound.words, bound.word_labels, strict=True)
-        ]
+        return with_every_word(row, bound)
 
 
 @dataclass(frozen=True)
@@ -368,6 +364,15 @@ _HEAD_KINDS = ("sequence_classification", "question_answering", "token_classific
 
 def _encode_pairs(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]], **options: Any) -> dict[str, Any]:
     return dict(tokenizer(*texts, return_attention_mask=False, verbose=False, **options))
+
+
+def with_every_word(row: EncodedRow, bound: BoundVerbalizer) -> list[EncodedRow]:
+    """The row once per word of the verbaliser, each with the word as its target and the word's label."""
+    text = row.input_ids[: row.prompt_length]
+    return [
+        with_target(text, word, row.index, class_id=class_id, virtual_at=row.virtual_at)
+        for word, class_id in zip(bound.words, bound.word_labels, strict=True)
+    ]
 
 
 def with_target(
