@@ -22,7 +22,7 @@ from ptengine.backbone.generation_steps import with_prefix
 from ptengine.backbone.in_row_generation import generate_in_row
 from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
-from ptengine.backbone.packing import pack_rows
+from ptengine.backbone.packing import check_vocabulary, pack_rows
 from ptengine.backbone.patching import eval_mode, patched, require_patched
 from ptengine.backbone.seq2seq_generation import REFUSED, generate_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -97,7 +97,8 @@ def generate(
     ids, as_text = _token_rows(inputs, tokenizer)
     with patched(model), eval_mode(model):
         spec = require_patched(model)
-        _check_vocabulary(ids, spec.vocab_size)
+        tokens = [token for row in ids for token in row]
+        check_vocabulary(pack_rows(ids), spec.vocab_size, min(tokens), max(tokens))
         if spec.kind == "encoder" or spec.lm_head is None:
             raise InputError(
                 f"expected a causal model or an encoder-decoder with an LM head to generate with, got "
@@ -291,13 +292,6 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
         if not all(isinstance(token, int) for token in row):
             raise InputError(f"input {index}: expected texts or token ids, got {type(row[0]).__name__}")
     return rows, as_text
-
-
-def _check_vocabulary(rows: Sequence[Sequence[int]], size: int) -> None:
-    for index, row in enumerate(rows):
-        wrong = next((token for token in row if not 0 <= token < size), None)
-        if wrong is not None:
-            raise InputError(f"input {index}: expected token ids from 0 to {size - 1}, got {wrong}")
 
 
 def _lowered(prompt: Any, batch: int) -> tuple[list[LoweredPrompt], list[int]]:

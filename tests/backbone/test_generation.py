@@ -274,9 +274,9 @@ ERRORS: dict[str, tuple[Any, str]] = {
     ),
     # An IndexError on a CPU; on a GPU it ended the process.
     "an id beyond the vocabulary": (
-        lambda m: generate(m, virtual(3), [[5], [6, 10**6]]), "input 1: expected token ids from 0 to .*, got 1000000"
+        lambda m: generate(m, virtual(3), [[5], [6, 10**6]]), "row 1: expected token ids from 0 to .*, got 1000000"
     ),
-    "an id below zero": (lambda m: generate(m, virtual(3), [[-100]]), "input 0: expected token ids .*, got -100"),
+    "an id below zero": (lambda m: generate(m, virtual(3), [[-100]]), "row 0: expected token ids .*, got -100"),
     "one axis": (lambda m: generate(m, virtual(3), torch.tensor([5, 6])), r"input_ids \[B, T\], got \[2\]"),
     "mask of another shape": (
         lambda m: generate(m, virtual(3), {"input_ids": torch.ones(2, 3, dtype=torch.int64),

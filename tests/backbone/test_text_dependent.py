@@ -157,7 +157,7 @@ def test_tokens_that_the_model_does_not_embed_are_refused_before_they_are_read()
     model = make("gpt2")
     with patched(model), pytest.raises(InputError, match=r"row 1: expected token ids from 0 to 96.* got 97"):
         packed_loss(model, by_mean(base_of()), pack_rows([ROWS[0], [3, 97, 4]], [LABELS[0], [HIDE, HIDE, 4]]))
-    with pytest.raises(InputError, match=r"input 0: expected token ids from 0 to 96.* got 97"):
+    with pytest.raises(InputError, match=r"row 0: expected token ids from 0 to 96.* got 97"):
         generate(model, by_mean(base_of()), [[97]])
 
 
