@@ -383,7 +383,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", choices=tuple(LANGUAGES), required=True)
     parser.add_argument(
-        "--model", type=Path, metavar="PATH", required=True, help="checkpoint of a causal or masked language model"
+        "--model",
+        type=Path,
+        metavar="PATH",
+        required=True,
+        help="checkpoint of a causal or masked language model or encoder",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", required=True, help="prompts and one file a pair")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the merged result; required by --stage merge")
@@ -409,6 +413,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--targets", nargs="+", help="(default the language's four)")
     parser.add_argument("--max-length", type=int, help="tokens of a row (default 128; 64 with --minutes)")
     parser.add_argument("--virtual-tokens", type=int, default=8)
+    parser.add_argument("--bf16", action="store_true", help="bfloat16 autocast")
     args = parser.parse_args()
     index, _, count = args.shard.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
@@ -429,6 +434,7 @@ def held_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings |= {"virtual_tokens": args.virtual_tokens, "rates": [*RATES]}
     settings |= {"source_rates": [*SOURCE_RATES], "model": args.model.name}
     settings |= {"pooled_only": True} if args.pooled_only else {}
+    settings |= {"bf16": True} if args.bf16 else {}
     path = args.out / "settings.json"
     if path.exists() and (before := json.loads(path.read_text())) != settings:
         sys.exit(f"{args.out} holds runs with {before}, not {settings}: choose another folder")
@@ -447,7 +453,7 @@ def main() -> None:
     if args.stage != "merge":
         lab = Lab.open(
             args.model, args.language, args.device, args.out / "banks", args.data, max_length=settings["max_length"],
-            virtual_tokens=args.virtual_tokens, source_steps=settings["source_steps"],
+            virtual_tokens=args.virtual_tokens, source_steps=settings["source_steps"], bf16=args.bf16,
         )  # fmt: skip
     if args.stage in (None, "sources") and not args.pooled_only:
         for method, kind in [(m, k) for m in settings["methods"] for k in KINDS][index::count]:

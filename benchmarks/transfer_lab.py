@@ -19,7 +19,13 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from train_step import SHARED
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 import ptengine
 from ptengine.backbone.spec import kind_of
@@ -27,12 +33,14 @@ from ptengine.data import (
     ClassificationTask,
     EncodedSplit,
     MaskedClassificationTask,
+    SequenceClassificationTask,
     Template,
     VerbalizedTask,
     Verbalizer,
     load_rows,
 )
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training import PromptSet, Trainer, TrainingConfig, TrainingResult, evaluate
 from ptengine.transfer import PromptBank
 from ptengine.transfer.cleaning import Cleaning, clean
@@ -45,7 +53,7 @@ Rows = list[dict[str, Any]]
 class Language:
     """Attributes: `folder` of the domains, those that are `targets`, the `task` of a row for causal models, the same as
     a blank to fill in for masked language models, and the `unrelated` tasks: data set to (label to the experiment's
-    label), rows of other labels left out."""
+    label), rows of other labels left out. Encoders that write no words have `HEADED_TASK`."""
 
     folder: str
     targets: tuple[str, ...]
@@ -83,6 +91,9 @@ LANGUAGES = {
 METHODS = ("soft", "deep")
 KINDS = ("sources", "shuffled", "unrelated")
 POOLED_KINDS = ("pooled", "pooled-shuffled")
+HEADED_TASK = SequenceClassificationTask(labels=("negative", "positive"))
+HEAD_RATE = 0.005
+"""Of a head, where the prompt learns at its method's own rate; chosen on validation rows of SST-2 (quality.py)."""
 POOLED_STEPS = 1.5
 """Of a pooled prompt, times those of a source."""
 SOURCE_RATES = (3.0, 1.0)
@@ -122,6 +133,7 @@ class Lab:
     max_length: int
     virtual_tokens: int
     source_steps: int = 0
+    bf16: bool = False
     encoded: dict[tuple[str, str], EncodedSplit] = field(default_factory=dict)
     prompts: dict[tuple[str, str, str], Prompt] = field(default_factory=dict)
 
@@ -129,8 +141,11 @@ class Lab:
     def open(
         cls, folder: Path, language: str, device: str, cache: Path, data: Path = SHARED / "data", **rest: Any
     ) -> Lab:
-        masked = kind_of(AutoConfig.from_pretrained(folder).model_type) == "encoder"
-        auto = AutoModelForMaskedLM if masked else AutoModelForCausalLM
+        config = AutoConfig.from_pretrained(folder)
+        auto: Any = AutoModelForCausalLM
+        if kind_of(config.model_type) == "encoder":
+            speaks = any(name.endswith("ForMaskedLM") for name in config.architectures or ())
+            auto = AutoModelForMaskedLM if speaks else AutoModelForSequenceClassification
         model = auto.from_pretrained(folder, dtype=torch.float32).eval().to(device)
         return cls(LANGUAGES[language], model, AutoTokenizer.from_pretrained(folder), data, cache, **rest)
 
@@ -163,15 +178,25 @@ class Lab:
         )
 
     @property
-    def task(self) -> VerbalizedTask:
+    def task(self) -> VerbalizedTask | SequenceClassificationTask:
+        if self.has_head:
+            return HEADED_TASK
         masked = kind_of(self.model.config.model_type) == "encoder"
         return self.language.masked_task if masked else self.language.task
+
+    @property
+    def has_head(self) -> bool:
+        return type(self.model).__name__.endswith("ForSequenceClassification")
 
     def shots(self, target: str, count: int, seed: int) -> Rows:
         drawn = Cleaning(per_label=count, seed=seed)
         return clean(self.rows(target, "train"), text_columns=["text"], label_column="label", settings=drawn).rows
 
     def fresh(self, method: str, seed: int) -> Prompt:
+        prompt = self.bare(method, seed)
+        return HeadedPrompt(self.model, prompt, HEADED_TASK.labels, seed=seed) if self.has_head else prompt
+
+    def bare(self, method: str, seed: int) -> Prompt:
         if method == "soft":
             return ptengine.SoftPrompt(
                 self.model, self.virtual_tokens, init="sampled_vocab", tokenizer=self.tokenizer, seed=seed
@@ -182,7 +207,7 @@ class Lab:
         return TrainingConfig(
             folder, per_device_train_batch_size=16, per_device_eval_batch_size=256, seed=seed, save_strategy="no",
             disable_tqdm=True, truncation=True, max_length=self.max_length, logging_steps=10**6,
-            lr_scheduler_type="constant", **options,
+            lr_scheduler_type="constant", bf16=self.bf16, **options,
         )  # fmt: skip
 
     def fit_all(self, fits: Sequence[Fit]) -> list[TrainingResult]:
@@ -204,6 +229,9 @@ class Lab:
         options: dict[str, Any] = {}
         if one.held is not None:
             options = {"eval_strategy": "steps", "eval_steps": one.every, "load_best_model_at_end": one.best}
+        if isinstance(one.prompt, HeadedPrompt):
+            own = self.bare("soft" if isinstance(one.prompt.prompt, ptengine.SoftPrompt) else "deep", 0)
+            options["head_learning_rate"] = HEAD_RATE * one.rate / own.default_learning_rate()
         config = self.config(folder, one.seed, max_steps=one.steps, learning_rate=one.rate, **options)
         return Trainer(
             self.model, one.prompt, one.rows, one.held, config, task=self.task, tokenizer=self.tokenizer, step_loss=loss
@@ -212,7 +240,7 @@ class Lab:
     def accuracy(self, prompt: Prompt | None, rows: Any) -> float:
         return evaluate(
             self.model, prompt, self.task, rows, self.tokenizer, batch_size=256, truncation=True,
-            max_length=self.max_length,
+            max_length=self.max_length, bf16=self.bf16,
         ).metrics["accuracy"]  # fmt: skip
 
     def bank(self, method: str, kind: str) -> PromptBank:

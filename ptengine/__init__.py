@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from ptengine.prompts import Cartridge as Cartridge
     from ptengine.prompts import ContextPrompt as ContextPrompt
     from ptengine.prompts import DecomposedPrompt as DecomposedPrompt
+    from ptengine.prompts import HeadedPrompt as HeadedPrompt
     from ptengine.prompts import LlamaAdapter as LlamaAdapter
     from ptengine.prompts import LoPAPrompt as LoPAPrompt
     from ptengine.prompts import MixturePrompt as MixturePrompt
@@ -74,6 +75,7 @@ _HOMES = {
     "Cartridge": "ptengine.prompts",
     "ContextPrompt": "ptengine.prompts",
     "DecomposedPrompt": "ptengine.prompts",
+    "HeadedPrompt": "ptengine.prompts",
     "LlamaAdapter": "ptengine.prompts",
     "LoPAPrompt": "ptengine.prompts",
     "MixturePrompt": "ptengine.prompts",

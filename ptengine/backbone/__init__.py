@@ -9,7 +9,9 @@ from ptengine.backbone.encoders import (
     masked_lm_logits,
     masked_lm_loss,
     masked_lm_losses,
+    sequence_head,
     sequence_logits,
+    token_head,
     token_logits,
 )
 from ptengine.backbone.generation import generate
@@ -63,10 +65,12 @@ __all__ = [
     "seq2seq_logits",
     "seq2seq_loss",
     "seq2seq_losses",
+    "sequence_head",
     "sequence_logits",
     "step_graphs",
     "supports",
     "text_embeddings",
+    "token_head",
     "token_logits",
     "unpatch",
 ]

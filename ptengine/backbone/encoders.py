@@ -6,13 +6,13 @@ token is the one that [CLS] heads read.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptengine.backbone.heads import head_output
+from ptengine.backbone.heads import head_output, with_weights
 from ptengine.backbone.in_row import dense_slots
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.patching import require_patched
@@ -25,7 +25,9 @@ __all__ = [
     "masked_lm_logits",
     "masked_lm_loss",
     "masked_lm_losses",
+    "sequence_head",
     "sequence_logits",
+    "token_head",
     "token_logits",
 ]
 
@@ -65,13 +67,26 @@ def sequence_logits(
         UnsupportedModelError: as `encoder_hidden`; or the head reads more than the last hidden states.
     """
     spec = _spec_with_head(model, "a sequence-classification head")
-    lengths = batch.cu_seqlens.diff().long()  # [B]
-    if bool((lengths == 0).any()):
-        raise InputError(f"expected rows of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
-    hidden = text_hidden(spec, lowered, batch, prompt_ids=prompt_ids)  # [N, d]
+    _row_lengths(batch)
+    return sequence_head(model, text_hidden(spec, lowered, batch, prompt_ids=prompt_ids), batch)
+
+
+def sequence_head(
+    model: Any, hidden: Tensor, batch: PackedBatch, weights: Mapping[str, nn.Parameter] | None = None
+) -> Tensor:
+    """The part of `sequence_logits` behind the last hidden states, fp [N, d] of the batch's tokens: [B, C].
+
+    Args:
+        weights: parameters that stand in for those of these names in the model's head; None for the model's own.
+    """
+    spec = _spec_with_head(model, "a sequence-classification head")
+    lengths = _row_lengths(batch)
     slots, mask = dense_slots(lengths.to(hidden.device))
     dense = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, slots, hidden)  # [B * T, d]
-    logits = head_output(model, spec.base_model, spec.pooling, dense.unflatten(0, mask.shape), mask)
+    logits = head_output(
+        model if weights is None else with_weights(model, weights), spec.base_model, spec.pooling,
+        dense.unflatten(0, mask.shape), mask,
+    )  # fmt: skip
     if logits.dim() != 2:
         raise InputError(
             f"expected an encoder with a sequence-classification head, got {type(model).__name__}, whose logits are "
@@ -99,11 +114,19 @@ def token_logits(
         UnsupportedModelError: as `encoder_hidden`; or the head reads more than the last hidden states.
     """
     spec = _spec_with_head(model, "a head that reads every token")
-    hidden = text_hidden(spec, lowered, batch, prompt_ids=prompt_ids)  # [N, d]
+    return token_head(model, text_hidden(spec, lowered, batch, prompt_ids=prompt_ids), tokens)
+
+
+def token_head(
+    model: Any, hidden: Tensor, tokens: Tensor | None = None, weights: Mapping[str, nn.Parameter] | None = None
+) -> Tensor:
+    """The part of `token_logits` behind the last hidden states [N, d]: [n, C]; `weights` as in `sequence_head`."""
+    spec = _spec_with_head(model, "a head that reads every token")
     if tokens is not None:
         hidden = hidden[tokens.to(hidden.device)]  # [n, d]
     mask = torch.ones(1, hidden.shape[0], dtype=torch.int64, device=hidden.device)  # [1, n]
-    logits = head_output(model, spec.base_model, spec.pooling, hidden[None], mask)
+    owner = model if weights is None else with_weights(model, weights)
+    logits = head_output(owner, spec.base_model, spec.pooling, hidden[None], mask)
     if logits.dim() != 3:
         raise InputError(
             f"expected an encoder whose head reads every token, got {type(model).__name__}, whose logits are "
@@ -166,7 +189,16 @@ def masked_lm_logits(
     return logits, batch.labels[wanted].to(logits.device)
 
 
+def _row_lengths(batch: PackedBatch) -> Tensor:
+    """int64 [B], each at least 1."""
+    lengths = batch.cu_seqlens.diff().long()  # [B]
+    if bool((lengths == 0).any()):
+        raise InputError(f"expected rows of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
+    return lengths
+
+
 def _spec_with_head(model: Any, head: str) -> BackboneSpec:
+    """The facts of a patched encoder that has `head`, which errors name; raises as `sequence_logits`."""
     spec = require_patched(model)
     if spec.kind != "encoder" or model is spec.base_model:
         raise InputError(f"expected an encoder with {head}, got {type(model).__name__}")

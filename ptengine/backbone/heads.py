@@ -6,8 +6,9 @@ states at hand, so every head computes what its family wrote. Knows no prompts a
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import MethodType
@@ -31,7 +32,9 @@ __all__ = [
     "pooling_of",
     "tapped",
     "tapping",
+    "task_head",
     "ways_to_head",
+    "with_weights",
 ]
 
 Pooling = Literal["module", "first_token"]
@@ -201,6 +204,32 @@ def head_output(model: Any, base: nn.Module, pooling: Pooling | None, hidden: Te
     with answering(base, output):
         result = model(input_ids=torch.zeros_like(mask), attention_mask=mask)
     return logits_of(model, result)
+
+
+def task_head(model: Any) -> dict[str, nn.Parameter]:
+    """The parameters of `model` outside its base model, by name: its head; none where it is a base model."""
+    inside = {id(parameter) for parameter in model.base_model.parameters()}
+    return {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
+
+
+def with_weights(module: nn.Module, weights: Mapping[str, nn.Parameter]) -> nn.Module:
+    """A twin of `module` that has these parameters under these names and shares all else with it.
+
+    They are rounded to the dtype of those they stand in for. `module` is not touched, not even for a moment: other
+    threads may be running it.
+    """
+    twin = copy.copy(module)
+    twin._modules, twin._parameters = dict(module._modules), dict(module._parameters)
+    inner: dict[str, dict[str, nn.Parameter]] = {}
+    for name, weight in weights.items():
+        first, _, rest = name.partition(".")
+        if rest:
+            inner.setdefault(first, {})[rest] = weight
+        else:
+            twin._parameters[first] = weight.to(getattr(module, first).dtype)  # type: ignore[assignment]
+    for child, its in inner.items():
+        twin._modules[child] = with_weights(getattr(module, child), its)
+    return twin
 
 
 def logits_of(model: Any, result: Any) -> Tensor:

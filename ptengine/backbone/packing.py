@@ -138,23 +138,31 @@ def pack_padded(input_ids: Tensor, attention_mask: Tensor | None = None, labels:
 
 
 def join_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
-    """Packed batches one after another as one, on their device, with their labels of tokens and lengths of sources.
+    """Packed batches one after another as one, on their device: tokens, their labels and segments, lengths of sources.
 
-    Classes of rows and segments are left out: batches of different tasks may be joined.
+    Classes of rows are left out: batches of different tasks may be joined. Where only some have segments the others are
+    of segment 0, which is what a model takes for none.
 
     Raises:
-        InputError: no batches, one without labels, or one that places virtual tokens in its rows.
+        InputError: no batches, some with and some without labels or sources, or one that places virtual tokens in its
+            rows.
     """
     if not batches:
         raise InputError("expected at least one batch to join, got none")
     if any(batch.virtual_at is not None for batch in batches):
         raise InputError("expected batches behind their prompts to join, got one with virtual tokens inside its rows")
     labels = [batch.labels for batch in batches if batch.labels is not None]
-    if len(labels) < len(batches):
+    if labels and len(labels) < len(batches):
         raise InputError(f"expected batches with labels, got {len(batches) - len(labels)} without")
     sources = [batch.source_lengths for batch in batches if batch.source_lengths is not None]
     if sources and len(sources) < len(batches):
         raise InputError(f"expected batches with sources, got {len(batches) - len(sources)} without")
+    segments = [batch.token_type_ids for batch in batches]
+    if any(types is not None for types in segments):
+        segments = [
+            torch.zeros_like(batch.input_ids) if types is None else types
+            for batch, types in zip(batches, segments, strict=True)
+        ]
     begin, ends = 0, [batches[0].cu_seqlens[:1]]
     for batch in batches:
         ends.append(batch.cu_seqlens[1:] + begin)
@@ -163,7 +171,8 @@ def join_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
         input_ids=torch.cat([batch.input_ids for batch in batches]),
         cu_seqlens=torch.cat(ends),
         max_seqlen=max(batch.max_seqlen for batch in batches),
-        labels=torch.cat(labels),
+        labels=torch.cat(labels) if labels else None,
+        token_type_ids=None if segments[0] is None else torch.cat(segments),  # type: ignore[arg-type]
         source_lengths=torch.cat(sources) if sources else None,
     )
 

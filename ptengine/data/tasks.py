@@ -38,6 +38,7 @@ __all__ = [
     "SequenceClassificationTask",
     "Task",
     "VerbalizedTask",
+    "head_labels",
     "placed_virtual_tokens",
     "trains_head",
 ]
@@ -357,6 +358,11 @@ def placed_virtual_tokens(task: Task) -> int | None:
 def trains_head(task: Task) -> bool:
     """Whether a head of the model is trained beside the prompt, so that it is saved and loaded with it."""
     return task.kind in _HEAD_KINDS
+
+
+def head_labels(task: Task) -> tuple[str, ...]:
+    """The labels that the outputs of a task's head stand for; none of one that points at tokens."""
+    return tuple(getattr(task, "labels", ()))
 
 
 _HEAD_KINDS = ("sequence_classification", "question_answering", "token_classification")

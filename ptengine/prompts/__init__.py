@@ -6,6 +6,7 @@ from ptengine.prompts.cartridge import Cartridge, concatenate_prefixes
 from ptengine.prompts.context import ContextPrompt
 from ptengine.prompts.decomposed import DecomposedPrompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.prompts.io import load_prompt
 from ptengine.prompts.llama_adapter import LlamaAdapter
 from ptengine.prompts.lopa import LoPAPrompt
@@ -28,6 +29,7 @@ __all__ = [
     "Cartridge",
     "ContextPrompt",
     "DecomposedPrompt",
+    "HeadedPrompt",
     "LlamaAdapter",
     "LoPAPrompt",
     "MixturePrompt",

@@ -12,19 +12,20 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from ptengine.backbone import token_logits
+from ptengine.backbone import token_head
 from ptengine.backbone.in_row import dense_slots
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import EncodedRow, answer_metrics
 from ptengine.data.encoding import AnswerWindow
 from ptengine.prompts.base import Prompt
-from ptengine.training.objective_base import BaseObjective, EvalResult, lower
+from ptengine.training.head_objective import Head, HeadObjective, own_head
+from ptengine.training.objective_base import EvalResult
 
 __all__ = ["AnswerObjective"]
 
 
-class AnswerObjective(BaseObjective):
+class AnswerObjective(HeadObjective):
     """The loss of a row is the mean of those of start and end, each among the row's own tokens."""
 
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "exact_match", "f1")
@@ -37,8 +38,8 @@ class AnswerObjective(BaseObjective):
     def count_labels(self, batch: PackedBatch) -> int:
         return batch.num_rows
 
-    def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
-        log_probs, mask = self._log_probs(prompt, batch)
+    def loss_of(self, hidden: Tensor, batch: PackedBatch, head: Head, label_smoothing: float) -> Tensor:
+        log_probs, mask = _among_rows(self._logits(hidden, head), batch)
         answers = batch.row_labels
         assert answers is not None
         losses = -log_probs.gather(1, answers[:, None, :])[:, 0]  # [B, 2]
@@ -61,7 +62,7 @@ class AnswerObjective(BaseObjective):
         for part in self._batches(rows, batch_size, check):
             batch = self.collate(part)
             assert batch.row_labels is not None
-            logits = self._logits(prompt, batch)  # [N, 2]
+            logits = self._logits(self._hidden(prompt, batch), own_head(prompt))  # [N, 2]
             log_probs, _ = _among_rows(logits, batch)
             total -= log_probs.gather(1, batch.row_labels[:, None, :]).sum().item() / 2
             for row, own in zip(part, logits.cpu().split(batch.cu_seqlens.diff().tolist()), strict=True):
@@ -85,13 +86,9 @@ class AnswerObjective(BaseObjective):
             return -math.inf, ""
         return float(scores[first, last]), window.context[begins[0] : ends[1]]
 
-    def _logits(self, prompt: Prompt | None, batch: PackedBatch) -> Tensor:
-        lowered = lower(prompt)
+    def _logits(self, hidden: Tensor, head: Head) -> Tensor:
         with self._autocast():
-            return token_logits(self._model, lowered, batch).float()  # [N, 2]
-
-    def _log_probs(self, prompt: Prompt | None, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        return _among_rows(self._logits(prompt, batch), batch)
+            return token_head(self._model, hidden, weights=head).float()  # [N, 2]
 
 
 def _among_rows(logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:

@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import masked_lm_logits, masked_lm_loss, sequence_logits
+from ptengine.backbone import masked_lm_logits, masked_lm_loss, sequence_head
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import BoundVerbalizer, EncodedRow, SequenceClassificationTask
 from ptengine.prompts.base import Prompt
+from ptengine.training.head_objective import Head, HeadObjective, own_head
 from ptengine.training.objective_base import BaseObjective, EvalResult, class_result, label_scores, lower
 
 __all__ = ["MaskedObjective", "SequenceObjective"]
 
 
-class SequenceObjective(BaseObjective):
+class SequenceObjective(HeadObjective):
     """Classification by a trained head on top of an encoder."""
 
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "micro_f1", "weighted_f1")
@@ -35,11 +36,16 @@ class SequenceObjective(BaseObjective):
     def count_labels(self, batch: PackedBatch) -> int:
         return batch.num_rows
 
-    def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
-        lowered = lower(prompt)
+    def loss_of(self, hidden: Tensor, batch: PackedBatch, head: Head, label_smoothing: float) -> Tensor:
+        return F.cross_entropy(self._logits(hidden, batch, head), _classes(batch), label_smoothing=label_smoothing)
+
+    def logits(self, prompt: Prompt | None, batch: PackedBatch) -> Tensor:
+        """Of the labels, fp32 [B, C]."""
+        return self._logits(self._hidden(prompt, batch), batch, own_head(prompt))
+
+    def _logits(self, hidden: Tensor, batch: PackedBatch, head: Head) -> Tensor:
         with self._autocast():
-            logits = sequence_logits(self._model, lowered, batch)  # [B, C]
-        return F.cross_entropy(logits.float(), _classes(batch), label_smoothing=label_smoothing)
+            return sequence_head(self._model, hidden, batch, head).float()  # [B, C]
 
     @torch.no_grad()
     def evaluate(
@@ -49,14 +55,12 @@ class SequenceObjective(BaseObjective):
         batch_size: int,
         check: Callable[[], None] = lambda: None,
     ) -> EvalResult:
-        lowered = lower(prompt)
         total = 0.0
         predicted: list[int] = []
         for part in self._batches(rows, batch_size, check):
             batch = self.collate(part)
-            with self._autocast():
-                logits = sequence_logits(self._model, lowered, batch)  # [B, C]
-            total += F.cross_entropy(logits.float(), _classes(batch), reduction="sum").item()
+            logits = self.logits(prompt, batch)  # [B, C]
+            total += F.cross_entropy(logits, _classes(batch), reduction="sum").item()
             predicted += logits.argmax(dim=1).tolist()
         return class_result(total / len(rows), rows, predicted, self._labels)
 

@@ -20,7 +20,7 @@ from ptengine.prompts.base import Prompt
 from ptengine.training.config import TrainingConfig
 from ptengine.training.freezing import frozen, head_parameters
 from ptengine.training.objective import EvalResult, make_objective
-from ptengine.training.preparation import DataSource, check_places, check_prompt, encode, room_for_text
+from ptengine.training.preparation import DataSource, check_head, check_places, check_prompt, encode, room_for_text
 from ptengine.training.run import HEAD_NAME
 
 __all__ = ["evaluate", "evaluation_options", "load_head"]
@@ -81,6 +81,7 @@ def evaluate(
     spec = backbone_spec(model)
     check_prompt(prompt, model)
     check_places(task, prompt)
+    check_head(task, prompt)
     objective = make_objective(task, model, spec, tokenizer, bf16)
     room = room_for_text(spec, prompt, max_length)
     rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec.vocab_size).rows

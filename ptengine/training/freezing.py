@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptengine.backbone import patched
+from ptengine.backbone.heads import task_head
 from ptengine.errors import InputError
 
 __all__ = ["frozen", "head_parameters"]
@@ -26,8 +27,7 @@ def head_parameters(model: Any) -> dict[str, nn.Parameter]:
         InputError: there is none, or it is not in float32 (moments and updates of a half-precision head are lost to
             rounding).
     """
-    inside = {id(parameter) for parameter in model.base_model.parameters()}
-    head = {name: parameter for name, parameter in model.named_parameters() if id(parameter) not in inside}
+    head = task_head(model)
     if not head:
         raise InputError(
             "expected a model with a classification head (AutoModelForSequenceClassification), "

@@ -43,12 +43,16 @@ def run_identity(
     learning_rate: float,
     prompt: Prompt | None,
     head: Mapping[str, Tensor],
-    model: nn.Module,
+    model: str,
     train: dict[str, Any],
     evaluation: dict[str, Any],
     step_loss: dict[str, Any],
 ) -> dict[str, Any]:
-    """Describe a run. `train` and `evaluation` come from `fingerprint_rows`, `step_loss` from `StepLoss.identity`."""
+    """Describe a run.
+
+    `model` comes from `fingerprint_model`, `train` and `evaluation` from `fingerprint_rows`, `step_loss` from
+    `StepLoss.identity`.
+    """
     settings = {name: value for name, value in asdict(config).items() if name not in FREE_SETTINGS}
     # The length of the run may change where the rate of a step does not depend on it.
     if config.lr_scheduler_type == "constant" and not config.warmup_ratio:
@@ -57,7 +61,7 @@ def run_identity(
     settings["learning_rate"] = learning_rate
     # Causes before what follows from them: a prompt's own learning rate depends on its method and its model.
     return {
-        "model": {"fingerprint": fingerprint_model(model, skip=set(head))},
+        "model": {"fingerprint": model},
         "prompt": {
             "method": getattr(prompt, "method", None),
             **_settings(prompt),

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptengine.backbone import backbone_spec, label_losses, masked_lm_losses, seq2seq_losses
+from ptengine.backbone import backbone_spec, encoder_hidden, label_losses, masked_lm_losses, seq2seq_losses
 from ptengine.backbone.lowering import LoweredPrompt, TextDependentTokens, VirtualTokens
-from ptengine.backbone.packing import join_batches, sources_and_targets
+from ptengine.backbone.packing import PackedBatch, join_batches, sources_and_targets
 from ptengine.training.run import Run
 from ptengine.training.step_loss import MicroBatch
 
@@ -27,7 +27,8 @@ class JointBackward:
     """A `ptengine.training.loop.Backward` in as few forwards as `max_tokens` allows.
 
     Args:
-        model: the patched, frozen model: causal, an encoder-decoder or a masked language model.
+        model: the patched, frozen model: causal, an encoder-decoder, a masked language model, or an encoder for whose
+            head every prompt has weights of its own.
         device: of the model.
         bf16: run it under bfloat16 autocast.
         label_smoothing: of the training loss.
@@ -43,7 +44,9 @@ class JointBackward:
         self._bf16 = bf16
         self._label_smoothing = label_smoothing
         self._max_tokens = max_tokens
-        self._kind = backbone_spec(model).kind
+        spec = backbone_spec(model)
+        self._kind = spec.kind
+        self._has_head = spec.kind == "encoder" and spec.lm_head is None
 
     def __call__(self, steps: Sequence[tuple[Run, list[MicroBatch]]], check: Callable[[], None]) -> list[list[Tensor]]:
         """Micro-batches with the same number, one of each run, together."""
@@ -81,16 +84,39 @@ class JointBackward:
         batch = join_batches([micro_batch.batch for micro_batch in micro_batches])
         ids = [i for i, micro_batch in enumerate(micro_batches) for _ in range(micro_batch.batch.num_rows)]
         prompts = [lowered for _, lowered in group]
-        options: dict[str, Any] = {"prompt_ids": ids, "label_smoothing": self._label_smoothing}
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            if self._kind == "causal":
-                losses, _ = label_losses(self._model, prompts, batch, **options)  # [n], in the rows' order
-            elif self._kind == "encoder":
-                losses, _ = masked_lm_losses(self._model, prompts, batch, **options)  # [n]
-            else:
-                losses, _ = seq2seq_losses(self._model, prompts, *sources_and_targets(batch), **options)  # [n]
-        own = losses.split([micro_batch.num_labels for micro_batch in micro_batches])
-        parts = [x.mean() * micro_batch.share for x, micro_batch in zip(own, micro_batches, strict=True)]
+        if self._has_head:
+            means = self._behind_heads(group, prompts, batch, ids)
+        else:
+            losses = self._losses(prompts, batch, ids)  # [n], in the rows' order
+            own = losses.split([micro_batch.num_labels for micro_batch in micro_batches])
+            means = [x.mean() for x in own]
+        parts = [mean * micro_batch.share for mean, micro_batch in zip(means, micro_batches, strict=True)]
         # A sum, so that each prompt's gradient is that of its own part.
         torch.stack(parts).sum().backward()
         return [part.detach().float() for part in parts]
+
+    def _behind_heads(
+        self,
+        group: Sequence[tuple[Part, LoweredPrompt]],
+        prompts: Sequence[LoweredPrompt],
+        batch: PackedBatch,
+        ids: Sequence[int],
+    ) -> list[Tensor]:
+        """The mean loss of each run: one forward of the encoder, then every head on its own rows."""
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            hidden = encoder_hidden(self._model, prompts, batch, prompt_ids=ids)  # [N, d]
+        own = hidden.split([micro_batch.batch.num_tokens for (_, micro_batch), _ in group])
+        return [
+            run.loss_of(its, micro_batch, self._label_smoothing)
+            for ((run, micro_batch), _), its in zip(group, own, strict=True)
+        ]
+
+    def _losses(self, prompts: Sequence[LoweredPrompt], batch: PackedBatch, ids: Sequence[int]) -> Tensor:
+        """The loss of every label, fp32 [n]."""
+        options: dict[str, Any] = {"prompt_ids": ids, "label_smoothing": self._label_smoothing}
+        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
+            if self._kind == "causal":
+                return label_losses(self._model, prompts, batch, **options)[0]
+            if self._kind == "encoder":
+                return masked_lm_losses(self._model, prompts, batch, **options)[0]
+            return seq2seq_losses(self._model, prompts, *sources_and_targets(batch), **options)[0]

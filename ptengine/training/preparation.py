@@ -14,12 +14,13 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
 from ptengine.data.encoding import too_long
-from ptengine.data.tasks import placed_virtual_tokens
+from ptengine.data.tasks import head_labels, placed_virtual_tokens, trains_head
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import backbone_facts
+from ptengine.prompts.headed import HeadedPrompt
 
-__all__ = ["DataSource", "check_checkpointing", "check_places", "check_prompt", "encode", "room_for_text"]
+__all__ = ["DataSource", "check_checkpointing", "check_head", "check_places", "check_prompt", "encode", "room_for_text"]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
 
@@ -31,6 +32,17 @@ def check_prompt(prompt: Prompt | None, model: Any) -> None:
     if not isinstance(prompt, Prompt):
         raise InputError(f"expected a ptengine prompt, got {type(prompt).__name__}")
     prompt.facts.require_same(backbone_facts(model), "the prompt")
+
+
+def check_head(task: Task, prompt: Prompt | None) -> None:
+    """Refuse a head that is the prompt's own where the task has none, or other labels."""
+    if not isinstance(prompt, HeadedPrompt):
+        return
+    if not trains_head(task):
+        raise InputError(f"expected a task with a trained head for a HeadedPrompt, got {type(task).__name__}")
+    wanted, got = list(prompt.labels), list(head_labels(task))
+    if wanted != got:
+        raise InputError(f"expected a task with the labels of the prompt's head, {wanted}, got {got}")
 
 
 def check_places(task: Task, prompt: Prompt | None) -> None:

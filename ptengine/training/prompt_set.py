@@ -21,6 +21,7 @@ from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory
 from ptengine.garbage import settled_objects
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training.checkpoints import Checkpoint, checkpoint_steps
 from ptengine.training.conditions import training_conditions
 from ptengine.training.folders import clean_leftovers, exclusive
@@ -73,7 +74,8 @@ class PromptSetResult:
 
 class PromptSet:
     """Trains the prompts of several trainers at once, in one batch a step against their one frozen backbone: a causal
-    model, an encoder-decoder or a masked language model.
+    model, an encoder-decoder, a masked language model, or an encoder with a head, for which every prompt has weights of
+    its own (`ptengine.HeadedPrompt`).
 
     Every step takes the next rows of every member, each member as many as its own settings say, runs them packed in one
     forward and backward (N prompts beside each other, read by their own rows alone), and then updates every prompt with
@@ -99,8 +101,7 @@ class PromptSet:
             are then in memory together.
 
     Raises:
-        InputError: no members, or members that cannot share a batch; the message says which and why. A task with a
-            trained head is refused: the head is part of the model.
+        InputError: no members, or members that cannot share a batch; the message says which and why.
     """
 
     def __init__(
@@ -255,10 +256,10 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
     for index, trainer in enumerate(members):
         if not isinstance(trainer, Trainer):
             raise InputError(f"member {index}: expected a ptengine.Trainer, got {type(trainer).__name__}")
-        if trains_head(trainer.task) or trainer.prompt is None:
+        if trainer.prompt is None or (trains_head(trainer.task) and not isinstance(trainer.prompt, HeadedPrompt)):
             raise InputError(
-                f"member {index}: expected a prompt and a task without a trained head, which is part of the model that "
-                f"all members share, got {type(trainer.task).__name__}"
+                f"member {index}: expected a prompt, for a task with a trained head a HeadedPrompt, since all members "
+                f"share the model and its head, got {type(trainer.task).__name__} with {type(trainer.prompt).__name__}"
             )
         placed = getattr(trainer.task, "template", None)
         inside = placed is not None and not placed.is_behind_prompt

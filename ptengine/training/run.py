@@ -21,8 +21,10 @@ from ptengine.data import EncodedRow, ShuffledBatches
 from ptengine.errors import TrainingDiverged
 from ptengine.files import save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import HEAD_PREFIX, HeadedPrompt
 from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import write_folder
+from ptengine.training.head_objective import HeadObjective, own_head
 from ptengine.training.interruption import Interruption
 from ptengine.training.journal import Journal
 from ptengine.training.objective import Objective
@@ -83,7 +85,8 @@ class Run:
         plan: what to do.
         objective: loss and evaluation of the task.
         prompt: what is trained, or None to train the head alone.
-        head: trainable parameters of the backbone's head by name; empty for tasks without one.
+        head: trainable parameters of the backbone's head by name; empty for tasks without one, and where the prompt
+            has a head of its own.
         train_rows: encoded training rows.
         eval_rows: encoded evaluation rows; empty where there are none.
         step_loss: what a step minimises.
@@ -124,10 +127,13 @@ class Run:
         named = {n: p for n, p in prompt.named_parameters() if p.requires_grad} if prompt is not None else {}
         scales = prompt.learning_rate_factors() if prompt is not None else {}
         self._trained = [*named.values(), *head.values()]
+        heads = [*head.values()]
+        if isinstance(prompt, HeadedPrompt):
+            heads += [named.pop(name) for name in list(named) if name.startswith(HEAD_PREFIX)]
         self._optimizer = make_optimizer(
             plan.config,
             list(named.values()),
-            list(head.values()),
+            heads,
             plan.learning_rate,
             [scales.get(name, 1.0) for name in named],
         )
@@ -244,6 +250,11 @@ class Run:
         assert self._prompt is not None
         with self._generators.in_place():
             return self._prompt.lower()
+
+    def loss_of(self, hidden: Tensor, micro_batch: MicroBatch, label_smoothing: float) -> Tensor:
+        """The loss of a micro-batch behind the prompt's own head, for a backward pass that several runs share."""
+        assert isinstance(self._objective, HeadObjective)
+        return self._objective.loss_of(hidden, micro_batch.batch, own_head(self._prompt), label_smoothing)
 
     def end_step(self, losses: Sequence[Tensor]) -> None:
         """Clip, and take the optimiser's step, with every part of the loss.

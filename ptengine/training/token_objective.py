@@ -12,17 +12,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ptengine.backbone import token_logits
+from ptengine.backbone import token_head
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import EncodedRow, classification_metrics, entity_metrics
 from ptengine.prompts.base import Prompt
-from ptengine.training.objective_base import BaseObjective, EvalResult, lower
+from ptengine.training.head_objective import Head, HeadObjective, own_head
+from ptengine.training.objective_base import EvalResult
 
 __all__ = ["EntityObjective", "TokenObjective"]
 
 
-class TokenObjective(BaseObjective):
+class TokenObjective(HeadObjective):
     """The loss stands on labelled tokens, each at its own position; a row's prediction is its labels with blanks."""
 
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "accuracy", "macro_f1", "micro_f1", "weighted_f1")
@@ -35,8 +36,8 @@ class TokenObjective(BaseObjective):
     def count_labels(self, batch: PackedBatch) -> int:
         return 0 if batch.labels is None else int((batch.labels != IGNORE_INDEX).sum())
 
-    def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
-        logits, labels = self._labelled(prompt, batch)
+    def loss_of(self, hidden: Tensor, batch: PackedBatch, head: Head, label_smoothing: float) -> Tensor:
+        logits, labels = self._labelled(hidden, batch, head)
         return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
     @torch.no_grad()
@@ -50,7 +51,8 @@ class TokenObjective(BaseObjective):
         total = 0.0
         predicted: list[int] = []
         for part in self._batches(rows, batch_size, check):
-            logits, labels = self._labelled(prompt, self.collate(part))
+            batch = self.collate(part)
+            logits, labels = self._labelled(self._hidden(prompt, batch), batch, own_head(prompt))
             total += F.cross_entropy(logits, labels, reduction="sum").item()
             predicted += logits.argmax(dim=1).tolist()
         gold = [[label for label in row.labels if label != IGNORE_INDEX] for row in rows]
@@ -63,13 +65,12 @@ class TokenObjective(BaseObjective):
     def _more_metrics(self, gold: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
         return {}
 
-    def _labelled(self, prompt: Prompt | None, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _labelled(self, hidden: Tensor, batch: PackedBatch, head: Head) -> tuple[Tensor, Tensor]:
         """Logits fp32 [n, C] of the labelled tokens, and their classes int64 [n]."""
-        lowered = lower(prompt)
         assert batch.labels is not None
         wanted = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]  # [n]
         with self._autocast():
-            logits = token_logits(self._model, lowered, batch, tokens=wanted)  # [n, C]
+            logits = token_head(self._model, hidden, wanted, head)  # [n, C]
         return logits.float(), batch.labels[wanted]
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import ClassificationTask, EncodedRow, Task
 from ptengine.data.tasks import trains_head
@@ -25,12 +26,13 @@ from ptengine.errors import InputError
 from ptengine.files import make_directory
 from ptengine.garbage import settled_objects
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training.checkpoints import Checkpoint, checkpoint_steps
 from ptengine.training.conditions import training_conditions
 from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import clean_leftovers, exclusive
 from ptengine.training.freezing import head_parameters
-from ptengine.training.identity import environment, fingerprint_rows, run_identity
+from ptengine.training.identity import environment, fingerprint_model, fingerprint_rows, run_identity
 from ptengine.training.interruption import Interruption
 from ptengine.training.journal import LOG_NAME, Journal, draw_curve
 from ptengine.training.loop import Loop
@@ -39,6 +41,7 @@ from ptengine.training.optimization import warmup_steps
 from ptengine.training.preparation import (
     DataSource,
     check_checkpointing,
+    check_head,
     check_places,
     check_prompt,
     encode,
@@ -102,7 +105,7 @@ class Trainer:
 
     The backbone's weights never change: for the run it is patched (`ptengine.patched`), in eval mode and without
     gradients; all three are put back afterwards. A task such as `SequenceClassificationTask` also trains the model's
-    head, in place.
+    head, in place, or that of a `HeadedPrompt`, which leaves the model as it is.
 
     Args:
         model: a transformers model.
@@ -141,6 +144,7 @@ class Trainer:
         spec = backbone_spec(model)
         check_prompt(prompt, model)
         check_places(task, prompt)
+        check_head(task, prompt)
         if isinstance(task, ClassificationTask) and not task.template.is_behind_prompt and prompt is not None:
             warnings.warn(
                 "the template places virtual tokens behind text, so every row runs its own; before all text they "
@@ -153,7 +157,9 @@ class Trainer:
         self.task = task
         self.step_loss = TaskLoss() if step_loss is None else step_loss
         self._objective = make_objective(task, model, spec, tokenizer, config.bf16)
-        self._head = head_parameters(model) if trains_head(task) else {}
+        in_place = trains_head(task) and not isinstance(prompt, HeadedPrompt)
+        self._head = head_parameters(model) if in_place else {}
+        self._not_frozen = set(task_head(model)) if trains_head(task) else set()  # or not read
         self.device = spec.word_embeddings.weight.device
         self._check_trainable()
         check_checkpointing(spec, prompt, config.gradient_checkpointing)
@@ -309,7 +315,7 @@ class Trainer:
                 rate,
                 self.prompt,
                 self._head,
-                self.model,
+                fingerprint_model(self.model, skip=self._not_frozen),
                 fingerprint_rows(self._train),
                 fingerprint_rows(self._eval),
                 self.step_loss.identity(),

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.prompts.registry import create, prompt_class
 
 __all__ = ["add_task_vectors", "form_of", "start_from", "weighted_mean"]
@@ -57,12 +59,15 @@ def add_task_vectors(
 
 
 def start_from(model: Any, prompt: Prompt) -> Prompt:
-    """A new trainable prompt on `model` with the numbers of `prompt` and the learning rate of a transferred one.
+    """A new trainable prompt on `model` with the numbers of `prompt`, and of its head if it has one, and the learning
+    rate of a transferred one.
 
     Raises:
         InputError: prompts of this method cannot start from another.
     """
     folded = prompt.fold()
+    if isinstance(folded, HeadedPrompt):
+        return folded.around(start_from(model, folded.prompt)).to(backbone_spec(model).word_embeddings.weight.device)
     if "prompt" not in inspect.signature(prompt_class(folded.method)).parameters:
         raise InputError(f"expected a prompt method that can start from another prompt, got {folded.method!r}")
     return create(folded.method, model, init="prompt", prompt=folded)

@@ -33,6 +33,7 @@ from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.files import make_directory, save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import without_head
 from ptengine.prompts.io import load_prompt, read_prompt
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
 from ptengine.training.preparation import DataSource, check_prompt
@@ -200,7 +201,7 @@ class PromptBank:
         card = PromptCard(
             name=name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
-            method=folded.method,
+            method=without_head(folded).method,
             num_virtual_tokens=folded.num_virtual_tokens,
             task=task,
             data=None if data is None else data_facts(data),

@@ -61,8 +61,8 @@ class PromptCard:
     """Attributes:
     name: of the entry in its bank.
     created: UTC, ISO 8601, to the second.
-    method, num_virtual_tokens: of the prompt.
-    task: with template and verbaliser.
+    method, num_virtual_tokens: of the prompt, without its head if it has one.
+    task: with template and verbaliser, or the labels of a head.
     data: what the prompt was trained on; None where it was not told.
     metrics: name to value, as the caller measured them.
     backbone: model and tokenizer the prompt belongs to.

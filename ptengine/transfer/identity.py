@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import backbone_spec
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.training.identity import fingerprint_model
@@ -56,13 +57,17 @@ class BackboneIdentity:
 
 
 def identify(model: Any, tokenizer: Any) -> BackboneIdentity:
-    """The identity of `model` behind `tokenizer`.
+    """The identity of `model` behind `tokenizer`; a head for classes, which every prompt has of its own, is not part
+    of it.
 
     Raises:
         UnsupportedModelError: the model is of no supported type.
     """
-    dtype = str(backbone_spec(model).word_embeddings.weight.dtype).removeprefix("torch.")
-    return BackboneIdentity(backbone_facts(model), fingerprint_model(model), dtype, tokenizer_sha256(tokenizer))
+    spec = backbone_spec(model)
+    dtype = str(spec.word_embeddings.weight.dtype).removeprefix("torch.")
+    head = task_head(model) if spec.kind == "encoder" and spec.lm_head is None else {}
+    frozen = fingerprint_model(model, skip=set(head))
+    return BackboneIdentity(backbone_facts(model), frozen, dtype, tokenizer_sha256(tokenizer))
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:

@@ -204,7 +204,10 @@ def test_members_that_cannot_share_a_batch_are_refused(tiny: ModuleType, tmp_pat
         ("expected at least one member, got none", []),
         ("member 0: expected a ptengine.Trainer, got SoftPrompt", [one.prompt]),
         ("member 1: expected the model object of member 0", [one, tiny.trainer(tmp_path / "two")]),
-        ("member 0: .*a task without a trained head.*got SequenceClassificationTask", [head]),
+        (
+            "member 0: .*for a task with a trained head a HeadedPrompt.*got SequenceClassificationTask with Prefix",
+            [head],
+        ),
         ("member 1: expected bf16=False as in member 0, got True", [one, other(bf16=True)]),
         ("member 1: expected save_steps=500 as in member 0, got 3", [one, other(save_steps=3)]),
         ("member 1: expected a prompt of its own, got that of member 0", [one, other(prompt=one.prompt)]),
