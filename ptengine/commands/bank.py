@@ -12,10 +12,10 @@ from ptengine.commands.options import (
     add_model_arguments,
     check_output,
     choice,
-    classification_task,
     number,
     whole,
 )
+from ptengine.commands.task_options import labelled_task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--shots", metavar="FILE", help="a few rows of the target to rank by")
     search.add_argument("--template", metavar="TEXT", help="text of a row of --shots")
     search.add_argument("--label-words", metavar="WORDS", help="label=word pairs of --shots, or a .json file")
+    search.add_argument("--text-column", metavar="NAME", help="of --shots, for BERT models whose prompts have a head")
+    search.add_argument("--text-pair-column", metavar="NAME", help="of a second text of --shots")
     search.add_argument("--label-column", metavar="NAME", default="label", help="of --shots (default: label)")
     search.add_argument("--prompt", metavar="DIR", help="a prompt tuned on the target: rank by likeness to it")
     search.add_argument(
@@ -105,19 +107,22 @@ def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
 
 
 def _add(args: argparse.Namespace) -> Outcome:
+    from ptengine.backbone.heads import task_head
     from ptengine.commands.recipe import find_prompt
     from ptengine.commands.session import open_prompt
-    from ptengine.data.tasks import trains_head
-    from ptengine.prompts import load_prompt
+    from ptengine.data.tasks import head_labels, trains_head
+    from ptengine.prompts import HeadedPrompt, load_prompt
     from ptengine.transfer import PromptBank
 
     args.model = args.tokenizer = args.dtype = args.device = None  # those the prompt was tuned with
     session = open_prompt(args)
+    prompt = session.prompt
     if trains_head(session.task):
-        raise InputError("expected a prompt of a task with a template, got one with a trained head, which a bank lacks")
+        head = task_head(session.model)
+        prompt = HeadedPrompt(session.model, prompt, head_labels(session.task), head=head)
     folder, _ = find_prompt(args.prompt)
     entry = PromptBank(args.bank).add(
-        args.name, session.prompt, model=session.model, tokenizer=session.tokenizer, task=session.task, data=args.data,
+        args.name, prompt, model=session.model, tokenizer=session.tokenizer, task=session.task, data=args.data,
         metrics=_metrics(folder), initial=None if args.initial is None else load_prompt(args.initial, session.model),
         note=args.note, replace=args.replace,
     )  # fmt: skip
@@ -203,10 +208,7 @@ def _by_prompt(args: argparse.Namespace, measure: str) -> Any:
 
 
 def _task(args: argparse.Namespace) -> Task:
-    for name in ("template", "label_words"):
-        if getattr(args, name) is None:
-            raise InputError(f"expected --{name.replace('_', '-')} with --shots, got none")
-    return classification_task(args.model, args.template, args.label_words, args.label_column)
+    return labelled_task(args, args.shots)
 
 
 def _carry(args: argparse.Namespace) -> Outcome:

@@ -21,7 +21,7 @@ class Session:
     """Attributes:
     task: what the prompt was tuned for.
     model, tokenizer: the frozen model, with the trained head where the task has one.
-    prompt: the tuned prompt.
+    prompt: the tuned prompt; a head of its own is in the model.
     """
 
     task: Task
@@ -55,8 +55,9 @@ def open_prompt(args: argparse.Namespace) -> Session:
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
     from ptengine.commands.recipe import find_prompt, model_fingerprint
     from ptengine.data.tasks import trains_head
-    from ptengine.prompts import load_prompt
+    from ptengine.prompts import HeadedPrompt, load_prompt
     from ptengine.training import load_head
+    from ptengine.training.preparation import check_head
 
     folder, recipe = find_prompt(args.prompt)
     device = pick_device(args.device)
@@ -74,6 +75,10 @@ def open_prompt(args: argparse.Namespace) -> Session:
             f"expected the model that {args.prompt!r} was tuned for in {recipe.model or 'the embedded backbone'}, got "
             "other weights; --model PATH names the model to use"
         )
-    if has_head:
+    check_head(recipe.task, prompt)
+    if isinstance(prompt, HeadedPrompt):
+        prompt.install_head(model)
+        prompt = prompt.prompt
+    elif has_head:
         load_head(folder, model)
     return Session(recipe.task, model, tokenizer, prompt)

@@ -63,11 +63,12 @@ def run_sweep(
     """What the sweep found: for machines, for people, and its best prompt, None where every run diverged."""
     from ptengine.prompts import load_prompt
     from ptengine.training import sweep
+    from ptengine.training.preparation import for_task
     from ptengine.training.sweeping import describe
 
     found = sweep(
         model,
-        make_prompt,
+        lambda seed: for_task(model, make_prompt(seed), recipe.task, seed),
         args.train,
         args.eval,
         config,

@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ptengine.commands.options import read_label_words, unescape, whole, word_task
+from ptengine.commands.options import classification_task, read_label_words, unescape, whole, word_task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ptengine.data import Task
+    from ptengine.data import LabelledTask, Task
 
-__all__ = ["add_task_arguments", "make_task"]
+__all__ = ["add_task_arguments", "labelled_task", "make_task"]
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +110,25 @@ def make_task(args: argparse.Namespace) -> Task:
     return word_task(args.model, template, verbalizer, label_column)
 
 
+def labelled_task(args: argparse.Namespace, data: str) -> LabelledTask:
+    """Classification by words (--template, --label-words) or by a head (--text-column), whose labels are those of the
+    file `data`; rows without one are passed over."""
+    from ptengine.data import SequenceClassificationTask
+
+    if args.text_column is not None:
+        _refuse(args, "--text-column", "template", "label_words")
+        labels = _labels(data, args.label_column, skip_missing=True)
+        return SequenceClassificationTask(args.text_column, args.text_pair_column, args.label_column, labels)
+    _refuse(args, "--template", "text_pair_column")
+    for name in ("template", "label_words"):
+        if getattr(args, name) is None:
+            raise InputError(
+                f"expected --template and --label-words (or --text-column for a BERT model), got no "
+                f"--{name.replace('_', '-')}"
+            )
+    return classification_task(args.model, args.template, args.label_words, args.label_column)
+
+
 def _question_task(args: argparse.Namespace) -> Task:
     from ptengine.data import QuestionAnsweringTask
 
@@ -127,8 +146,8 @@ def _refuse(args: argparse.Namespace, chosen: str, *others: str) -> None:
             raise InputError(f"expected no --{name.replace('_', '-')} with {chosen}, got {getattr(args, name)!r}")
 
 
-def _labels(path: str, column: str) -> tuple[str, ...]:
-    """The labels of the training file: those its column declares, else the distinct ones, sorted."""
+def _labels(path: str, column: str, skip_missing: bool = False) -> tuple[str, ...]:
+    """The labels of a file: those its column declares, else the distinct ones, sorted."""
     from datasets import ClassLabel
 
     from ptengine.data import check_columns, load_rows
@@ -143,6 +162,8 @@ def _labels(path: str, column: str) -> tuple[str, ...]:
     for index, value in enumerate(rows[column]):
         for one in value if isinstance(value, list) else [value]:
             name = label_name(one)
+            if not name and skip_missing:
+                continue
             if not name:
                 raise InputError(f"{place(path, index)}: expected a label in column {column!r}, got {described(one)}")
             found.add(name)

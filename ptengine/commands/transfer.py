@@ -20,9 +20,11 @@ from ptengine.commands.options import (
     number,
     whole,
 )
+from ptengine.commands.task_options import labelled_task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
+    from ptengine.data import LabelledTask
     from ptengine.transfer import PromptBank
     from ptengine.transfer.flow import FlowSettings
 
@@ -31,6 +33,8 @@ EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train
     --verbalizer 'positive= good,negative= bad' --output out
   ptengine transfer --source 手机.csv --target 水果.csv --template '评论：{text}\n评价：' \
     --verbalizer '正面=好,负面=差' --normalization NFKC --method prefix --anchor 1 --output out
+  ptengine transfer --source phones.csv --target fruit.csv --text-column text --model path/to/bert \
+    --pool-sources --output out
   ptengine transfer --bank prompts --target fruit.csv --template 'Review: {text}\nGood or bad?' \
     --verbalizer 'positive= good,negative= bad' --output out
   ptengine eval --prompt out --data test.csv"""
@@ -41,7 +45,6 @@ INITS = {"soft": "sampled_vocab", "prefix": "random"}
 _SET_HERE = (
     "output_dir", "max_steps", "num_train_epochs", "logging_steps", "disable_tqdm", "eval_strategy", "eval_steps",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "report_to",
-    "head_learning_rate",
 )  # fmt: skip
 
 
@@ -61,13 +64,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--test-rows", type=whole(1), metavar="N", help="draw at most this many test rows")
     task = parser.add_argument_group("task")
     task.add_argument(
-        "--template", metavar="TEXT", required=True,
+        "--template", metavar="TEXT",
         help=r"text of a row, such as 'Review: {text}\nIt is'; for a masked language model 'It was {mask}. {text}'",
     )  # fmt: skip
     task.add_argument(
-        "--verbalizer", "--label-words", metavar="WORDS", required=True,
+        "--verbalizer", "--label-words", dest="label_words", metavar="WORDS",
         help="label=word pairs, 'positive= good,negative= bad', or a .json file",
     )  # fmt: skip
+    task.add_argument(
+        "--text-column", metavar="NAME",
+        help="instead of --template: column of the text for a BERT model with a head, whose labels are the target's",
+    )  # fmt: skip
+    task.add_argument("--text-pair-column", metavar="NAME", help="column of a second text beside it")
     task.add_argument("--label-column", default="label", metavar="NAME", help="column of the label (default: label)")
     task.add_argument("--source-template", metavar="TEXT", help="of the sources, where it differs")
     task.add_argument("--source-verbalizer", metavar="WORDS", help="of the sources, where it differs")
@@ -172,10 +180,8 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     bank = _bank(args)
     settings = _settings(args, training.seed)
-    task = classification_task(args.model, args.template, args.verbalizer, args.label_column)
-    source_task = classification_task(
-        args.model, args.source_template or args.template, args.source_verbalizer or args.verbalizer, args.label_column
-    )
+    task = labelled_task(args, args.target)
+    source_task = _source_task(args, task)
     sources = _sources(args.source)
     device, dtype = pick_device(args.device), args.dtype or "float32"
     tokenizer, model = load_tokenizer(args.tokenizer, args.model), load_model(args.model, device, dtype, task)
@@ -195,6 +201,17 @@ def run(args: argparse.Namespace) -> Outcome:
         **report.data,
     }
     return Outcome(data, tuple(_shown(args.output, report, paths)))
+
+
+def _source_task(args: argparse.Namespace, task: LabelledTask) -> LabelledTask:
+    given = [name for name in ("source_template", "source_verbalizer") if getattr(args, name) is not None]
+    if args.text_column is not None:
+        if given:
+            raise InputError(f"expected no --{given[0].replace('_', '-')} with --text-column, got it")
+        return task
+    return classification_task(
+        args.model, args.source_template or args.template, args.source_verbalizer or args.label_words, args.label_column
+    )
 
 
 def _bank(args: argparse.Namespace) -> PromptBank | None:

@@ -27,7 +27,15 @@ from ptengine.data.metrics import answer_metrics, classification_metrics, entity
 from ptengine.data.question_answering import QuestionAnsweringTask
 from ptengine.data.seq2seq_task import Seq2SeqClassificationTask, Seq2SeqTask
 from ptengine.data.sources import check_columns, load_rows
-from ptengine.data.tasks import ClassificationTask, GenerationTask, SequenceClassificationTask, Task, VerbalizedTask
+from ptengine.data.tasks import (
+    ClassificationTask,
+    GenerationTask,
+    LabelledTask,
+    SequenceClassificationTask,
+    Task,
+    VerbalizedTask,
+    text_columns,
+)
 from ptengine.data.templates import Template
 from ptengine.data.token_tasks import TokenClassificationTask
 from ptengine.data.verbalizers import BoundVerbalizer, Verbalizer
@@ -40,6 +48,7 @@ __all__ = [
     "EncodedRow",
     "EncodedSplit",
     "GenerationTask",
+    "LabelledTask",
     "MaskedClassificationTask",
     "QuestionAnsweringTask",
     "Seq2SeqClassificationTask",
@@ -58,4 +67,5 @@ __all__ = [
     "entity_metrics",
     "generation_metrics",
     "load_rows",
+    "text_columns",
 ]

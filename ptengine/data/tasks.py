@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from datasets import Dataset
 
@@ -35,11 +35,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ClassificationTask",
     "GenerationTask",
+    "LabelledTask",
     "SequenceClassificationTask",
     "Task",
     "VerbalizedTask",
     "head_labels",
     "placed_virtual_tokens",
+    "text_columns",
     "trains_head",
 ]
 
@@ -347,6 +349,18 @@ class SequenceClassificationTask:
             for index, row in enumerate(tokens)
         ]
         return EncodedSplit(rows, len(over))
+
+
+LabelledTask: TypeAlias = VerbalizedTask | SequenceClassificationTask
+"""A row has one of the task's labels, which a model says by a word or by a head."""
+
+
+def text_columns(task: Task) -> tuple[str, ...]:
+    """The columns that a task reads, without that of the answer."""
+    if isinstance(task, SequenceClassificationTask):
+        return task.columns[:-1]
+    template: Template = task.template  # type: ignore[attr-defined]
+    return template.columns
 
 
 def placed_virtual_tokens(task: Task) -> int | None:

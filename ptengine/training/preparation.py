@@ -20,7 +20,16 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import backbone_facts
 from ptengine.prompts.headed import HeadedPrompt
 
-__all__ = ["DataSource", "check_checkpointing", "check_head", "check_places", "check_prompt", "encode", "room_for_text"]
+__all__ = [
+    "DataSource",
+    "check_checkpointing",
+    "check_head",
+    "check_places",
+    "check_prompt",
+    "encode",
+    "for_task",
+    "room_for_text",
+]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
 
@@ -43,6 +52,11 @@ def check_head(task: Task, prompt: Prompt | None) -> None:
     wanted, got = list(prompt.labels), list(head_labels(task))
     if wanted != got:
         raise InputError(f"expected a task with the labels of the prompt's head, {wanted}, got {got}")
+
+
+def for_task(model: Any, prompt: Prompt, task: Task, seed: int) -> Prompt:
+    """`prompt`, with a new head of its own where `task` trains one."""
+    return HeadedPrompt(model, prompt, head_labels(task), seed=seed) if trains_head(task) else prompt
 
 
 def check_places(task: Task, prompt: Prompt | None) -> None:

@@ -30,13 +30,14 @@ from torch import Tensor
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import Task
 from ptengine.data.serialization import task_to_json
+from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError
 from ptengine.files import make_directory, save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
-from ptengine.prompts.headed import without_head
+from ptengine.prompts.headed import HeadedPrompt, without_head
 from ptengine.prompts.io import load_prompt, read_prompt
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
-from ptengine.training.preparation import DataSource, check_prompt
+from ptengine.training.preparation import DataSource, check_head, check_prompt
 from ptengine.transfer.arithmetic import form_of
 from ptengine.transfer.cards import PromptCard, checked_metrics, data_facts
 from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_texts, text_embeddings
@@ -166,7 +167,7 @@ class PromptBank:
 
         Args:
             name: of the entry: letters (of any script), digits, ``_``, ``-`` and ``.``, at most 80.
-            prompt: the tuned prompt.
+            prompt: the tuned prompt; of a task with a trained head a `HeadedPrompt`.
             model, tokenizer: what it was tuned with; recorded by content.
             task: what it was tuned for.
             data: what it was tuned on; recorded by name, hash and number of rows, and by the model's embeddings of the
@@ -190,11 +191,17 @@ class PromptBank:
                 "(--replace) the new entry takes its place"
             )
         check_prompt(prompt, model)
+        task_to_json(task)  # refuses what is no task before anything is written
+        check_head(task, prompt)
+        if trains_head(task) and not isinstance(prompt, HeadedPrompt):
+            raise InputError(
+                f"expected a HeadedPrompt, a prompt with its head, of a task with a trained head, got "
+                f"{type(prompt).__name__}"
+            )
         folded = prompt.fold()
         start = None if initial is None else initial.fold()
         if start is not None and form_of(start) != form_of(folded):
             raise InputError(f"expected an initial prompt of the form {form_of(folded)}, got {form_of(start)}")
-        task_to_json(task)  # refuses what is no task before anything is written
         domain = None
         if data is not None and backbone_spec(model).kind != "seq2seq":
             domain = text_embeddings(model, tokenizer, domain_texts(data, task))
@@ -289,7 +296,8 @@ class PromptBank:
         """Entries that may help a target task, best first.
 
         Args:
-            model, tokenizer: what the prompt is wanted for; entries of others are refused by name.
+            model, tokenizer: what the prompt is wanted for; entries of others are refused by name, and so are, with a
+                `task`, those whose heads have other labels.
             measure: ``"shot_loss"``: the entry's own loss on `shots` under `task`, smaller first. A distance of domains
                 (`DOMAIN_MEASURES`): between the texts of `shots` and those the entry was tuned on, smaller first. A
                 cosine (`PROMPT_MEASURES`): with `prompt`, one tuned briefly on the target (and `initial` for task
@@ -320,7 +328,7 @@ class PromptBank:
             wanted = text_embeddings(model, tokenizer, domain_texts(shots, task))
         matches, refused = [], {}
         for entry in entries:
-            reason = entry.card.refusal(present)
+            reason = entry.card.refusal(present, task)
             if reason is not None:
                 refused[entry.name] = reason
                 continue

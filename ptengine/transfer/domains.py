@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptengine.backbone import backbone_spec, pack_rows
 from ptengine.backbone.step import text_hidden
-from ptengine.data import SequenceClassificationTask, Task, Template, check_columns, load_rows
+from ptengine.data import Task, check_columns, load_rows, text_columns
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.training.freezing import frozen
 from ptengine.training.preparation import DataSource
@@ -27,7 +27,6 @@ __all__ = [
     "domain_texts",
     "maximum_mean_discrepancy",
     "proxy_a_distance",
-    "text_columns",
     "text_embeddings",
 ]
 
@@ -37,14 +36,6 @@ MOST_TEXTS = 200
 MOST_TOKENS = 128
 BATCH = 32
 _FOLDS = 5
-
-
-def text_columns(task: Task) -> tuple[str, ...]:
-    """The columns that a task reads, without that of the answer."""
-    if isinstance(task, SequenceClassificationTask):
-        return task.columns[:-1]
-    template: Template = task.template  # type: ignore[attr-defined]
-    return template.columns
 
 
 def domain_texts(data: DataSource, task: Task) -> list[str]:

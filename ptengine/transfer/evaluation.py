@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptengine.data import VerbalizedTask
+from ptengine.data import LabelledTask, text_columns
 from ptengine.prompts.base import Prompt
 from ptengine.training import evaluate
 
@@ -53,7 +53,7 @@ class Judged:
 def judge(
     model: Any,
     tokenizer: Any,
-    task: VerbalizedTask,
+    task: LabelledTask,
     rows: Sequence[Mapping[str, Any]],
     prompt: Prompt | None,
     **options: Any,
@@ -78,7 +78,7 @@ def judge(
 
 
 def baselines(
-    rows: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], task: VerbalizedTask
+    rows: Sequence[Mapping[str, Any]], test: Sequence[Mapping[str, Any]], task: LabelledTask
 ) -> dict[str, float]:
     """Test accuracy of what needs no language model, trained on `rows`: the most frequent label, and naive Bayes.
 
@@ -90,7 +90,7 @@ def baselines(
     from sklearn.pipeline import make_pipeline
 
     def texts(data: Sequence[Mapping[str, Any]]) -> list[str]:
-        return ["\n".join(str(row[column]) for column in task.template.columns) for row in data]
+        return ["\n".join(str(row[column]) for column in text_columns(task)) for row in data]
 
     labels, gold = ([str(row[task.label_column]) for row in data] for data in (rows, test))
     models = {

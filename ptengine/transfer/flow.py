@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
-from ptengine.data import VerbalizedTask
+from ptengine.data import LabelledTask, VerbalizedTask, text_columns
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_together
@@ -29,7 +29,7 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
-from ptengine.training.preparation import DataSource, encode, room_for_text
+from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
 from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
 from ptengine.transfer.bank import BankEntry, PromptBank
@@ -96,12 +96,13 @@ class FlowSettings:
 class FlowResult:
     """Attributes:
     transfer: what `ptengine.transfer.transfer` found.
-    test: name to judgement on the test rows: the frozen model, scratch, source, transferred, and the control if any.
+    test: name to judgement on the test rows: the frozen model (but with a head, which an untrained one would be),
+        scratch, source, transferred, and the control if any.
     sources: source to judgement of its untouched prompt on the test rows.
     baselines: name to accuracy of what needs no language model, trained on the shots.
     cleaning: file by file.
     curves: name to (optimiser step, accuracy on the first test rows).
-    adaptivity: name to how the prompt suits the shots' texts in content and form.
+    adaptivity: name to how the prompt suits the shots' texts in content and form; none of a task with a head.
     left_out: banked prompts that were no sources, with the reason.
     uncontrolled: why there is no control although it was asked for; None otherwise.
     """
@@ -124,8 +125,8 @@ def run_flow(
     sources: Mapping[str, DataSource],
     target: DataSource,
     test: DataSource | None,
-    task: VerbalizedTask,
-    source_task: VerbalizedTask | None = None,
+    task: LabelledTask,
+    source_task: LabelledTask | None = None,
     unlabelled: DataSource | None = None,
     bank: PromptBank | None = None,
     settings: FlowSettings,
@@ -135,7 +136,8 @@ def run_flow(
     """Run every stage, going on with those that `training.output_dir` already holds.
 
     Args:
-        model, tokenizer: the frozen backbone: causal, a masked language model or an encoder-decoder.
+        model, tokenizer: the frozen backbone: causal, a masked language model, an encoder-decoder, or an encoder with a
+            head for classes, of which every prompt has its own.
         sources: name to rows; every source gets a prompt of its own, or all one (`FlowSettings.pool_sources`). May be
             empty with a `bank`.
         target: the target's rows.
@@ -181,7 +183,8 @@ def run_flow(
         source_task=source_task, source_data=_joined(data.sources) or None, unlabelled=data.unlabelled,
         augmentation=settings.augmentation, resume=True,
     )  # fmt: skip
-    prompts: dict[str, Prompt | None] = {FROZEN: None, **moved.candidates}
+    words = isinstance(task, VerbalizedTask)
+    prompts: dict[str, Prompt | None] = {**({FROZEN: None} if words else {}), **moved.candidates}
     without = [name for name in moved.selected if name not in data.sources]
     if settings.control and not without:
         say("control: the same from sources with shuffled labels")
@@ -205,7 +208,9 @@ def run_flow(
             name: [(int(entry["step"]), entry["accuracy"]) for entry in run.evaluations]
             for name, run in moved.runs.items()
         },
-        adaptivity=prompt_adaptivity(
+        adaptivity={}
+        if not isinstance(task, VerbalizedTask)
+        else prompt_adaptivity(
             model, tokenizer, task.template, domain_texts(data.shots, task), prompts,
             background=domain_texts(_joined(data.sources), source_task) if data.sources else (),
         ),
@@ -229,8 +234,8 @@ def _check_clean(folder: Path, files: Mapping[str, bytes]) -> None:
 class _Work:
     model: Any
     tokenizer: Any
-    task: VerbalizedTask
-    source_task: VerbalizedTask
+    task: LabelledTask
+    source_task: LabelledTask
     settings: FlowSettings
     training: TrainingConfig
 
@@ -248,7 +253,7 @@ class _Work:
         form = (self.settings.method, self.settings.num_virtual_tokens)
         good, left_out = [], {}
         for entry in bank.list():
-            reason = entry.card.refusal(present)
+            reason = entry.card.refusal(present, self.task)
             its = (entry.card.method, entry.card.num_virtual_tokens)
             if reason is None and its != form:
                 reason = f"it is a {its[0]} of {its[1]} tokens, not a {form[0]} of {form[1]}"
@@ -295,7 +300,7 @@ class _Work:
         order = random.Random(self.training.seed).sample(rows, len(rows))
         held, train = order[:held_count], order[held_count:]
         if self.settings.augmentation is not None:
-            train = [*train, *augment(train, self.source_task.template.columns, self.settings.augmentation, held).rows]
+            train = [*train, *augment(train, text_columns(self.source_task), self.settings.augmentation, held).rows]
         first, prompt = self.fresh(), self.fresh()
         config = replace(
             self.training, output_dir=str(folder), max_steps=self.settings.source_steps,
@@ -314,10 +319,11 @@ class _Work:
     def fresh(self) -> Prompt:
         settings = self.settings
         options: dict[str, Any] = {"tokenizer": self.tokenizer} if settings.init == "sampled_vocab" else {}
-        return create(
+        prompt = create(
             settings.method, self.model, num_virtual_tokens=settings.num_virtual_tokens, init=settings.init,
             seed=self.training.seed, **options,
         )  # fmt: skip
+        return for_task(self.model, prompt, self.task, self.training.seed)
 
     def control(self, data: FlowData, moved: TransferResult, folder: Path) -> Prompt:
         """The transferred prompt from the selected sources, trained on shuffled labels: gains it shares are no
@@ -343,7 +349,7 @@ def _pooled(data: FlowData) -> FlowData:
     return replace(data, sources={POOLED: _joined(data.sources)})
 
 
-def _shuffled(rows: Rows, task: VerbalizedTask, seed: int) -> Rows:
+def _shuffled(rows: Rows, task: LabelledTask, seed: int) -> Rows:
     labels = [row[task.label_column] for row in rows]
     random.Random(seed).shuffle(labels)
     return [row | {task.label_column: label} for row, label in zip(rows, labels, strict=True)]
@@ -353,7 +359,7 @@ def _joined(sources: Mapping[str, Rows]) -> Rows:
     return [row for rows in sources.values() for row in rows]
 
 
-def described(result: FlowResult, task: VerbalizedTask) -> dict[str, Any]:
+def described(result: FlowResult, task: LabelledTask) -> dict[str, Any]:
     """Json values of everything the flow found."""
     return {
         "task": task_to_json(task),

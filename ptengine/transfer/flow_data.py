@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptengine.data import VerbalizedTask
+from ptengine.data import LabelledTask, text_columns
 from ptengine.errors import InputError
 from ptengine.files import json_bytes
 from ptengine.training.preparation import DataSource
@@ -51,8 +51,8 @@ def prepared(
     target: DataSource,
     test: DataSource | None,
     unlabelled: DataSource | None,
-    task: VerbalizedTask,
-    source_task: VerbalizedTask,
+    task: LabelledTask,
+    source_task: LabelledTask,
     cleaning: Cleaning,
     draw_shots: int | None,
     test_rows: int | None,
@@ -61,10 +61,10 @@ def prepared(
     """Clean rows of every file, the test's texts in no other; labels that the task does not know are an error."""
     plain = replace(cleaning, per_label=None, balance="none")
 
-    def cleaned(data: DataSource, of: VerbalizedTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
+    def cleaned(data: DataSource, of: LabelledTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
         return clean(
             data,
-            text_columns=of.template.columns,
+            text_columns=text_columns(of),
             label_column=of.label_column,
             settings=how,
             apart_from=apart,
@@ -88,7 +88,7 @@ def prepared(
             raise InputError("expected a test file, or more target rows than shots to test on, got neither")
     if test_rows is not None and len(judged) > test_rows:
         judged = random.Random(seed).sample(judged, test_rows)
-    apart = [*judged, *shots.rows] if task.template.columns == source_task.template.columns else []
+    apart = [*judged, *shots.rows] if text_columns(task) == text_columns(source_task) else []
     ready: dict[str, Rows] = {}
     for name, data in sources.items():
         found = cleaned(data, source_task, cleaning, apart, name)
@@ -97,7 +97,7 @@ def prepared(
     texts = None
     if unlabelled is not None:
         found = clean(
-            unlabelled, text_columns=task.template.columns, settings=plain, apart_from=[*judged, *shots.rows],
+            unlabelled, text_columns=text_columns(task), settings=plain, apart_from=[*judged, *shots.rows],
             name="unlabelled",
         )  # fmt: skip
         reports.append(found.report)

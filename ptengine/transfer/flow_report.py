@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ptengine.data import VerbalizedTask
+from ptengine.data import LabelledTask
 from ptengine.transfer.domains import DOMAIN_MEASURES
 from ptengine.transfer.flow import CONTROL, CURVE_ROWS, FlowResult, described
 from ptengine.transfer.guard import SCRATCH, SOURCE, TRANSFERRED
@@ -29,7 +29,7 @@ _ADAPTIVITY = {
 }
 
 
-def flow_report(result: FlowResult, task: VerbalizedTask, target: str) -> Report:
+def flow_report(result: FlowResult, task: LabelledTask, target: str) -> Report:
     """The report of `result` on the target called `target`."""
     measures = transfer_measures(
         result.test[SCRATCH].correct,
@@ -93,7 +93,7 @@ def _verdict(gain: Interval) -> str:
     return "these rows cannot tell the two apart"
 
 
-def _tables(result: FlowResult, task: VerbalizedTask, measures: Mapping[str, Interval]) -> list[Table]:
+def _tables(result: FlowResult, task: LabelledTask, measures: Mapping[str, Interval]) -> list[Table]:
     rows: list[list[Any]] = [[name, value, None, None] for name, value in result.baselines.items()]
     rows += [[name, *(judged.metrics[column] for column in _COLUMNS)] for name, judged in result.test.items()]
     kept = result.test[result.transfer.chosen]
@@ -138,12 +138,15 @@ def _tables(result: FlowResult, task: VerbalizedTask, measures: Mapping[str, Int
                 if match.entry.name in result.sources
             ],
         ),
-        Table(
-            "Adaptivity: content (text loss, term coverage) and form",
-            ["", *_ADAPTIVITY.values()],
-            [[name, *(getattr(scores, field) for field in _ADAPTIVITY)] for name, scores in result.adaptivity.items()],
-        ),
     ]  # fmt: skip
+    if result.adaptivity:
+        tables.append(
+            Table(
+                "Adaptivity: content (text loss, term coverage) and form",
+                ["", *_ADAPTIVITY.values()],
+                [[name, *(getattr(its, field) for field in _ADAPTIVITY)] for name, its in result.adaptivity.items()],
+            )
+        )
     return tables
 
 
@@ -196,11 +199,12 @@ def _notes(result: FlowResult) -> list[str]:
             f"{result.transfer.search.measure} is the distance between what the frozen model makes of the shots' texts "
             "and of the source's: smaller is closer."
         )
-    lines.append(
-        "Adaptivity describes and decides nothing: nats per token of the shots' texts behind the prompt; the share of "
-        "words typical of the target whose token is among the 20 nearest to a virtual token; 1 - cosine to the nearest "
-        "word embedding. A prefix has no place among the words."
-    )
+    if result.adaptivity:
+        lines.append(
+            "Adaptivity describes and decides nothing: nats per token of the shots' texts behind the prompt; the share "
+            "of words typical of the target whose token is among the 20 nearest to a virtual token; 1 - cosine to the "
+            "nearest word embedding. A prefix has no place among the words."
+        )
     lines.append(
         "Intervals resample test rows of this one run; they say nothing about other draws of shots or other seeds."
     )

@@ -21,11 +21,12 @@ from ptengine.backbone.lowering import GatedTokens, LoweredPrompt, TextDependent
 from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import vocabulary_logits
-from ptengine.data import Task
+from ptengine.data import SequenceClassificationTask, Task
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingConfig
+from ptengine.training.encoder_objectives import SequenceObjective
 from ptengine.training.identity import fingerprint_rows
 from ptengine.training.objective import Objective, make_objective
 from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
@@ -90,7 +91,7 @@ class TransferLoss:
         self._distill = (
             None
             if strategy.distill is None
-            else _DistillTerm(strategy.distill, likeness, model, spec, frozen, config.bf16)
+            else _distill_term(strategy.distill, likeness, model, spec, tokenizer, frozen, config.bf16, task)
         )
 
     def identity(self) -> dict[str, Any]:
@@ -197,6 +198,47 @@ class _AnchorTerm:
         now = _numbers(prompt.lower())
         moved = [(a - b.to(a.device)).square().sum() for a, b in zip(now, self._start, strict=True)]
         return torch.stack(moved).sum() * (self._settings.weight / self._square)
+
+
+def _distill_term(
+    settings: Distill,
+    likeness: float,
+    model: Any,
+    spec: BackboneSpec,
+    tokenizer: Any,
+    start: Prompt,
+    bf16: bool,
+    task: Task | None,
+) -> _DistillTerm | _HeadDistillTerm:
+    if not isinstance(task, SequenceClassificationTask):
+        return _DistillTerm(settings, likeness, model, spec, start, bf16)
+    objective = make_objective(task, model, spec, tokenizer, bf16)
+    assert isinstance(objective, SequenceObjective)
+    return _HeadDistillTerm(settings, likeness, objective, spec, start)
+
+
+class _HeadDistillTerm:
+    """Distillation where a head says the label: the logits are those of the classes."""
+
+    def __init__(
+        self, settings: Distill, likeness: float, objective: SequenceObjective, spec: BackboneSpec, start: Prompt
+    ) -> None:
+        self._settings = settings
+        self._weight = settings.weight * likeness
+        self._objective = objective
+        self._teacher = start.to(spec.word_embeddings.weight.device).eval()
+        self._sha256 = weights_sha256(start)
+
+    def identity(self) -> dict[str, Any]:
+        return {**asdict(self._settings), "teacher": self._sha256, "lambda": self._weight}
+
+    def loss(self, prompt: Prompt, batch: PackedBatch, label_smoothing: float) -> Tensor:
+        logits = self._objective.logits(prompt, batch)  # [B, C]
+        with torch.no_grad():
+            wanted = self._objective.logits(self._teacher, batch)  # [B, C]
+        assert batch.row_labels is not None
+        task = F.cross_entropy(logits, batch.row_labels, label_smoothing=label_smoothing)
+        return task + self._weight * F.mse_loss(logits, wanted)
 
 
 class _DistillTerm:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
-from ptengine.data import Task
+from ptengine.data import Task, text_columns
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.files import make_directory
@@ -22,7 +22,7 @@ from ptengine.prompts.registry import create
 from ptengine.training import EvalResult, Trainer, TrainingConfig, TrainingResult, evaluate
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.identity import FREE_SETTINGS
-from ptengine.training.preparation import DataSource, encode, room_for_text
+from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
 from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
 from ptengine.transfer.augmentation import Augmentation, AugmentationReport, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, Search, weights_sha256
@@ -116,7 +116,7 @@ class Procedure:
     def usable(self) -> list[BankEntry]:
         """The bank's entries of this backbone, all of one method and length, so that scratch can be like them."""
         entries = [entry for entry in self.bank.list() if entry.name not in self.exclude]
-        reasons = {entry.name: entry.card.refusal(self.identity) for entry in entries}
+        reasons = {entry.name: entry.card.refusal(self.identity, self.task) for entry in entries}
         good = [entry for entry in entries if reasons[entry.name] is None]
         if not good:
             raise InputError(
@@ -157,7 +157,7 @@ class Procedure:
         make_directory(folder)
         shots, augmented = rows, None
         if self.augmentation is not None:
-            copies = augment(rows, self.task.template.columns, self.augmentation)  # type: ignore[attr-defined]
+            copies = augment(rows, text_columns(self.task), self.augmentation)
             rows, augmented = [*rows, *copies.rows], copies.report
         prompts: dict[str, Prompt] = {}
         runs: dict[str, TrainingResult] = {}
@@ -186,10 +186,11 @@ class Procedure:
         """A prompt like the bank's, from scratch."""
         card, init = self.usable()[0].card, "random" if self.guard is None else self.guard.scratch_init
         options: dict[str, Any] = {"tokenizer": self.tokenizer} if init == "sampled_vocab" else {}
-        return create(
+        prompt = create(
             card.method, self.model, num_virtual_tokens=card.num_virtual_tokens, init=init, seed=self.training.seed,
             **options,
         )  # fmt: skip
+        return for_task(self.model, prompt, self.task, self.training.seed)
 
     def probe(self, rows: Rows, folder: Path) -> _Probe:
         """A prompt tuned on `rows` alone, from the bank's P0 where its entries share one, for cosines with it."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptengine.data import GenerationTask, Task, VerbalizedTask, load_rows
+from ptengine.data import GenerationTask, LabelledTask, Task, load_rows
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_json_atomic
 from ptengine.prompts.base import Prompt
@@ -99,9 +99,12 @@ def transfer(
     """Tune a prompt for a target with few rows, starting from what prompts of a bank learned.
 
     Args:
-        model, tokenizer: the frozen backbone: causal, a masked language model or an encoder-decoder.
-        task: the target's: classification by words (a masked language model's with a ``{mask}``) or generation.
-            Self-training is for causal models, and an encoder-decoder embeds no text for distances of domains.
+        model, tokenizer: the frozen backbone: causal, a masked language model, an encoder-decoder, or an encoder with a
+            head for classes.
+        task: the target's: classification by words (a masked language model's with a ``{mask}``) or by a head, or
+            generation. Self-training is for causal models, and an encoder-decoder embeds no text for distances of
+            domains. With a head every prompt is a `HeadedPrompt`, and sources are those whose head has the target's
+            labels; the head is transferred with its prompt, and `Anchor` leaves it free.
         shots: the target's rows.
         bank: prompts of this backbone; those of others are passed over and named in the result's `search`.
         training: of every run on the target. Its learning rate is that of the transferred prompt (None: the method's
@@ -123,15 +126,17 @@ def transfer(
             rows or bank entries that differ from those of the run to go on with.
     """
     strategy = Strategy() if strategy is None else strategy
-    if not isinstance(task, VerbalizedTask | GenerationTask):
-        raise InputError(f"expected a task with a template, whose prompt can be moved, got {type(task).__name__}")
+    if not isinstance(task, LabelledTask | GenerationTask):
+        raise InputError(
+            f"expected a task with a template, or one of labels, whose prompt can be moved, got {type(task).__name__}"
+        )
     for name in ("load_best_model_at_end", "early_stopping_patience"):
         if getattr(training, name):
             raise InputError(f"expected {name} off in a transfer, where no rows choose the step, got it on")
     if eval_data is None and training.eval_strategy not in (None, "no"):
         raise InputError(f"expected eval_data with eval_strategy={training.eval_strategy!r}, got None")
     rows: Rows = [dict(row) for row in load_rows(shots, name="shots").with_format(None)]
-    labels = [str(row.get(task.label_column)) for row in rows] if isinstance(task, VerbalizedTask) else None
+    labels = [str(row.get(task.label_column)) for row in rows] if isinstance(task, LabelledTask) else None
     parts = [] if guard is None else folds(labels, len(rows), guard.folds, training.seed)
     procedure = Procedure(
         model, tokenizer, task, bank, training, strategy, guard, source_task, source_data, tuple(exclude),

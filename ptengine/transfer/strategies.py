@@ -90,7 +90,8 @@ class Joint:
 
 @dataclass(frozen=True)
 class Anchor:
-    """Stay near the start: adds weight * |P - P_start|^2 / |P_start|^2 over all numbers the backbone reads.
+    """Stay near the start: adds weight * |P - P_start|^2 / |P_start|^2 over all numbers the backbone reads; a head is
+    free.
 
     Relative to the start's own size, so that one weight suits every model.
     """
@@ -104,7 +105,8 @@ class Anchor:
 @dataclass(frozen=True)
 class Distill:
     """Answer as the source prompt does: adds lambda * mean squared difference of the logits at the labels, over labels
-    and vocabulary, to the target's loss (PANDA, Zhong et al. 2022, arXiv 2208.10160: L = L_CE + lambda L_KD).
+    and vocabulary (over rows and classes with a head), to the target's loss (PANDA, Zhong et al. 2022, arXiv
+    2208.10160: L = L_CE + lambda L_KD).
 
     The teacher is the source prompt (or the combination of several) untouched. PANDA proper trains a fresh prompt
     (``Initialize(fresh=True)``) and takes for lambda how alike the two tasks are; without a similarity lambda is

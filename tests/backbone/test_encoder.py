@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, pack_padded, pack_rows, patched, sequence_logits
+from ptengine.backbone.packing import join_batches
+from ptengine.errors import InputError
 
 from .stock import make, pad, parameters, prefix, random_rows, relative, virtual
 
@@ -133,3 +135,15 @@ def test_head_learns_and_the_encoder_does_not() -> None:
         "classifier.weight",
         "classifier.bias",
     }
+
+
+def test_joined_batches_keep_their_segments() -> None:
+    """Without them prompts of pairs that train at once would read both texts as one segment."""
+    one = pack_rows([[5, 6], [7]], token_type_ids=[[0, 1], [1]])
+    joined = join_batches([one, pack_rows([[8, 9]]), one])
+    assert joined.token_type_ids is not None
+    assert joined.token_type_ids.tolist() == [0, 1, 1, 0, 0, 0, 1, 1]
+    assert joined.labels is None
+    assert join_batches([pack_rows([[8]]), pack_rows([[9]])]).token_type_ids is None
+    with pytest.raises(InputError, match="expected batches with labels, got 1 without"):
+        join_batches([one, pack_rows([[5]], [[5]])])

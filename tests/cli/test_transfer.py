@@ -290,3 +290,66 @@ def test_bad_bank_calls_are_one_line(
     done = call(*arguments)
     assert (done.status, len(done.err.splitlines())) == (2, 1)
     assert words in done.err
+
+
+def test_a_bert_model_with_a_head_from_two_files_to_a_report(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Every prompt has its own head: kept prompt, bank and report are of both, and later commands read both."""
+    arguments = command(world, tmp_path)
+    at = arguments.index("--template")
+    arguments[at : at + 2] = ["--text-column", "text"]
+    arguments[arguments.index(world.llama)] = world.bert
+    arguments += ["--head-learning-rate", "0.01"]
+    done = call(*arguments, "--distill", "0.5", "--method", "prefix", "--json")
+    assert done.status == 0, done.err
+    data = done.json
+    assert set(data["test"]) == {"scratch", "source", "transferred", "shuffled source"}
+    assert data["adaptivity"] == {}
+    assert "Adaptivity" not in Path(data["report"]["markdown"]).read_text()
+    test = tmp_path / "out/clean/test.jsonl"
+    judged = call("eval", "--prompt", tmp_path / "out", "--data", test, "--json")
+    assert judged.json["metrics"] == data["test"][data["kept"]]["metrics"]
+    said = call("generate", "--prompt", tmp_path / "out", "--text", "the meal was fine", "--json")
+    assert said.status == 0, said.err
+    kept = call("bank", "add", "--bank", tmp_path / "bank", "--prompt", tmp_path / "out", "--name", "meals", "--data",
+                tmp_path / "meals.csv", "--json")  # fmt: skip
+    assert kept.status == 0, kept.err
+    found = call("bank", "search", "--bank", tmp_path / "bank", "--shots", test, "--text-column", "text", "--model",
+                 world.bert, "--json")  # fmt: skip
+    assert found.json["matches"][0]["metrics"] == pytest.approx(judged.json["metrics"], abs=1e-6)
+    again = [*arguments, "--bank", str(tmp_path / "bank"), "--method", "prefix"]
+    again[again.index("--output") + 1] = str(tmp_path / "again")
+    both = call(*again, "--json")
+    assert both.status == 0, both.err
+    assert set(both.json["transfer"]["search"]) == {"films", "meals"}
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--template", "{text}"], "expected no --template with --text-column"),
+        (["--source-template", "{text}"], "expected no --source-template with --text-column"),
+        (["--label-column", "mark"], "'mark'"),
+        (["--self-train", "0.5", "--unlabelled", "more.csv"], "labels are words"),
+    ],
+)
+def test_options_that_do_not_go_with_a_head(
+    world: Any, call: Callable[..., Any], tmp_path: Path, more: list[str], words: str
+) -> None:
+    arguments = command(world, tmp_path)
+    at = arguments.index("--template")
+    arguments[at : at + 2] = ["--text-column", "text"]
+    arguments[arguments.index(world.llama)] = world.bert
+    unlabelled = write_csv(tmp_path / "more.csv", "drink", ("good", "bad"), ("text", "label"))
+    more = [unlabelled if part == "more.csv" else part for part in more]
+    refused = call(*arguments, *more)
+    assert (refused.status, words in refused.err) == (2, True), refused.err
+    assert not (tmp_path / "out" / "target").exists()
+
+
+def test_without_template_or_text_column(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = command(world, tmp_path)
+    at = arguments.index("--template")
+    refused = call(*arguments[:at], *arguments[at + 2 :])
+    assert (refused.status, "or --text-column for a BERT model" in refused.err) == (2, True)
