@@ -6,6 +6,7 @@ a tokenizer, no data and no model.
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,16 +23,25 @@ __all__ = ["BoundVerbalizer", "Verbalizer", "distinct_labels"]
 
 
 def distinct_labels(labels: Sequence[object], what: str) -> tuple[str, ...]:
-    """Label names as text; refuses fewer than two, repeated ones, and what is neither text nor a whole number."""
+    """Label names as text; refuses fewer than two, repeated ones, those that differ in nothing but the Unicode form of
+    their letters, and what is neither text nor a whole number."""
     if isinstance(labels, str) or not isinstance(labels, Sequence):
         raise InputError(f"expected a list of labels for {what}, got {described(labels)}")
-    names = []
+    names: list[str] = []
+    forms: set[str] = set()
     for label in labels:
         name = label_name(label)
         if name is None or not name:
             raise InputError(f"expected labels of {what} as text or whole numbers, got {described(label)}")
         if name in names:
             raise InputError(f"expected different labels for {what}, got {name!r} twice")
+        form = unicodedata.normalize("NFC", name)
+        if form in forms:
+            raise InputError(
+                f"expected different labels for {what}, got {name!r} twice, composed (NFC) and decomposed: bring the "
+                "data into one form"
+            )
+        forms.add(form)
         names.append(name)
     if len(names) < 2:
         raise InputError(f"expected at least two labels for {what}, got {listed(names) or 'none'}")

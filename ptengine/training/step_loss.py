@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -66,6 +66,7 @@ class LossPart:
     num_tokens: int
 
 
+@runtime_checkable
 class StepLoss(Protocol):
     """What `ptengine.Trainer(..., step_loss=...)` takes."""
 

@@ -142,6 +142,11 @@ class Trainer:
         if not isinstance(task, Task):
             raise InputError(f"expected task, a task of ptengine.data, got {type(task).__name__}")
         spec = backbone_spec(model)
+        if step_loss is not None and not isinstance(step_loss, StepLoss):
+            raise InputError(
+                f"expected step_loss with parts() and identity() (ptengine.training.step_loss), got "
+                f"{type(step_loss).__name__}"
+            )
         check_prompt(prompt, model)
         check_places(task, prompt)
         check_head(task, prompt)

@@ -162,6 +162,7 @@ def test_verbalizers(case: str) -> None:
 
 def test_labels_without_words() -> None:
     refused(lambda: Verbalizer.from_labels(["a", "a"]), "'a' twice")
+    refused(lambda: Verbalizer.from_labels(["\u00e9", "e\u0301"]), "twice, composed (NFC) and decomposed")
     refused(lambda: Verbalizer.from_labels("ab"), "list of labels", "str 'ab'")  # type: ignore[arg-type]
     refused(lambda: SequenceClassificationTask(labels=("a",)), "at least two labels")
     refused(lambda: SequenceClassificationTask(), "at least two labels")

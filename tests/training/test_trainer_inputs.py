@@ -111,6 +111,15 @@ def test_a_missing_tokenizer_was_a_type_error(tiny: ModuleType, tmp_path: Path) 
         evaluate(model, None, tiny.words_task(), tiny.rows(3), None)
 
 
+def test_a_step_loss_that_is_none_was_an_attribute_error(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.gpt2()
+    with pytest.raises(InputError, match=r"expected step_loss with parts\(\) and identity\(\).*got int"):
+        Trainer(
+            model, tiny.soft(model), tiny.rows(4), None, TrainingConfig(str(tmp_path / "out")), task=tiny.words_task(),
+            tokenizer=tiny.tokenizer(), step_loss=3,  # type: ignore[arg-type]
+        )  # fmt: skip
+
+
 def test_config_is_required(tiny: ModuleType) -> None:
     model = tiny.gpt2()
     with pytest.raises(InputError, match="expected config, a TrainingConfig, got NoneType"):
