@@ -107,7 +107,7 @@ def sweep(
     rows.
 
     Args:
-        model: a causal transformers model.
+        model: one that `PromptSet` takes.
         make_prompt: from a seed to a new prompt, such as ``lambda seed: ptengine.SoftPrompt(model, seed=seed)``. Called
             for every run; all its prompts have one P.
         train_data, eval_data, task, tokenizer: as in `Trainer`.

@@ -68,3 +68,26 @@ def test_sweep_in_which_every_run_diverges_says_so(world: Any, call: Callable[..
     assert "every run diverged" in done.out
     assert "1 run, 1 diverged" in done.out
     assert not (tmp_path / "out" / "prompt").exists()
+
+
+def test_sweep_of_a_bert_model_gives_every_run_a_head_of_its_own(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A head in the shared model was refused; now the best run's head is in its prompt, for later commands too."""
+    output = tmp_path / "out"
+    done = call(
+        "tune", "--model", world.bert, "--train", world.train, "--eval", world.test, "--test", world.test,
+        "--text-column", "text", "--method", "prefix", "--num-virtual-tokens", "3", "--max-steps", "4",
+        "--per-device-train-batch-size", "4", "--seeds", "1,2", "--head-learning-rate", "0.02", "--output", output,
+        "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    judged = call("eval", "--prompt", output, "--data", world.test, "--json")
+    assert judged.json["metrics"] == pytest.approx(done.json["test"]["metrics"], abs=1e-6)
+    exported = call("export", "--prompt", output, "--format", "peft", "--output", tmp_path / "peft", "--json")
+    assert exported.status == 0, exported.err
+    from safetensors.torch import load_file
+
+    stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
+    own = load_file(output / "prompt" / "prompt.safetensors")
+    assert any(torch.equal(tensor, own["head.classifier/weight"]) for tensor in stored.values())
