@@ -107,20 +107,15 @@ def _action(actions: Any, name: str, summary: str) -> argparse.ArgumentParser:
 
 
 def _add(args: argparse.Namespace) -> Outcome:
-    from ptengine.backbone.heads import task_head
     from ptengine.commands.recipe import find_prompt
-    from ptengine.commands.session import open_prompt
-    from ptengine.data.tasks import head_labels, trains_head
-    from ptengine.prompts import HeadedPrompt, load_prompt
+    from ptengine.commands.session import load_with_head, open_prompt
+    from ptengine.prompts import load_prompt
     from ptengine.transfer import PromptBank
 
     args.model = args.tokenizer = args.dtype = args.device = None  # those the prompt was tuned with
     session = open_prompt(args)
-    prompt = session.prompt
-    if trains_head(session.task):
-        head = task_head(session.model)
-        prompt = HeadedPrompt(session.model, prompt, head_labels(session.task), head=head)
     folder, _ = find_prompt(args.prompt)
+    prompt = load_with_head(folder, session.model, session.task)
     entry = PromptBank(args.bank).add(
         args.name, prompt, model=session.model, tokenizer=session.tokenizer, task=session.task, data=args.data,
         metrics=_metrics(folder), initial=None if args.initial is None else load_prompt(args.initial, session.model),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
 from ptengine.commands.options import whole
-from ptengine.commands.session import add_prompt_argument, add_session_arguments, open_prompt
+from ptengine.commands.session import add_prompt_argument, add_session_arguments, load_with_head, open_prompt
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -106,17 +106,17 @@ def _check_ensemble(args: argparse.Namespace) -> None:
 def _ensemble(args: argparse.Namespace, session: Session) -> tuple[EvalResult, dict[str, float]]:
     """The mixture's result, and the prompts' folders with their weights."""
     from ptengine.commands.recipe import find_prompt
-    from ptengine.prompts import load_prompt
     from ptengine.transfer import evaluate_ensemble, likelihood_weights
 
     folders = [args.prompt, *args.ensemble]
-    prompts = [session.prompt]
-    fingerprint = find_prompt(args.prompt)[1].fingerprint
+    first, own = find_prompt(args.prompt)
+    prompts = [load_with_head(first, session.model, session.task)]
+    fingerprint = own.fingerprint
     for given in args.ensemble:
         folder, recipe = find_prompt(given)
         if recipe.fingerprint != fingerprint:
             raise InputError(f"expected prompts of one model in an ensemble, got {given!r}, tuned for another")
-        prompts.append(load_prompt(folder, session.model))
+        prompts.append(load_with_head(folder, session.model, session.task))
     options: dict[str, Any] = {
         "batch_size": args.batch_size, "max_length": args.max_length, "truncation": args.truncation,
     }  # fmt: skip

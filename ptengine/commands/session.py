@@ -10,10 +10,12 @@ from ptengine.commands.options import add_model_arguments
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from ptengine.data import Task
     from ptengine.prompts import Prompt
 
-__all__ = ["Session", "add_prompt_argument", "add_session_arguments", "open_prompt"]
+__all__ = ["Session", "add_prompt_argument", "add_session_arguments", "load_with_head", "open_prompt"]
 
 
 @dataclass(frozen=True)
@@ -82,3 +84,19 @@ def open_prompt(args: argparse.Namespace) -> Session:
     elif has_head:
         load_head(folder, model)
     return Session(recipe.task, model, tokenizer, prompt)
+
+
+def load_with_head(folder: Path, model: Any, task: Task) -> Prompt:
+    """The prompt in `folder`, for a task with a trained head a `HeadedPrompt`; the model's own head may change."""
+    from ptengine.backbone.heads import task_head
+    from ptengine.data.tasks import head_labels, trains_head
+    from ptengine.prompts import HeadedPrompt, load_prompt
+    from ptengine.training import load_head
+    from ptengine.training.preparation import check_head
+
+    prompt = load_prompt(folder, model)
+    check_head(task, prompt)
+    if not trains_head(task) or isinstance(prompt, HeadedPrompt):
+        return prompt
+    load_head(folder, model)
+    return HeadedPrompt(model, prompt, head_labels(task), head=task_head(model))

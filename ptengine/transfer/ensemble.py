@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptengine.backbone import backbone_spec, label_log_probs
+from ptengine.backbone import backbone_spec, encoder_hidden, sequence_head
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import (
@@ -21,16 +21,30 @@ from ptengine.data import (
     ClassificationTask,
     EncodedRow,
     GenerationTask,
+    LabelledTask,
+    MaskedClassificationTask,
+    Seq2SeqClassificationTask,
+    Seq2SeqTask,
+    SequenceClassificationTask,
     Task,
+    collate,
 )
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training import EvalResult
 from ptengine.training.freezing import frozen
 from ptengine.training.objective import make_objective
 from ptengine.training.objective_base import class_result, perplexity
-from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
-from ptengine.transfer.word_scores import class_log_probs, repeated, row_batches, word_log_probs
+from ptengine.training.preparation import DataSource, check_head, check_places, check_prompt, encode, room_for_text
+from ptengine.transfer.word_scores import (
+    WordTask,
+    class_log_probs,
+    repeated,
+    row_batches,
+    target_log_probs,
+    word_log_probs,
+)
 
 __all__ = ["evaluate_ensemble", "likelihood_weights"]
 
@@ -51,13 +65,13 @@ def evaluate_ensemble(
     """Evaluate the mixture p(y | x) = sum_j w_j p(y | P_j, x) of several prompts; nothing is generated.
 
     Classification averages the labels' probabilities, each prompt's normalised over the labels; the loss is that of the
-    mixture over the whole vocabulary. Generation averages the probability of every target token under teacher forcing.
-    With one prompt both equal `ptengine.training.evaluate`.
+    mixture over the whole vocabulary (over the labels, where heads say them). Generation averages the probability of
+    every target token under teacher forcing. With one prompt both equal `ptengine.training.evaluate`.
 
     Args:
-        model: a causal transformers model; patched and in eval mode for the call, then put back.
-        prompts: at least one, all virtual tokens or all prefixes.
-        task: a classification or generation task with a template.
+        model: a transformers model; patched and in eval mode for the call, then put back.
+        prompts: at least one, all virtual tokens or all prefixes; of a task with a trained head each a `HeadedPrompt`.
+        task: classification by words or by a head, or generation.
         data, tokenizer, max_length, truncation, bf16: as in `evaluate`.
         weights: w, one per prompt, of at least 0 and not all 0; they are divided by their sum. None weighs all alike;
             `likelihood_weights` gives those of held-back rows.
@@ -67,8 +81,8 @@ def evaluate_ensemble(
         As `evaluate`, of the mixture: loss, perplexity for generation, metrics and predictions for classification.
 
     Raises:
-        InputError: no prompts, prompts of different kinds or of another backbone, weights that are not as described, a
-            task without a template, or as `evaluate`.
+        InputError: no prompts, prompts of different kinds or of another backbone, weights that are not as described,
+            another kind of task, or as `evaluate`.
     """
     log_w = torch.tensor(_shares(len(prompts), weights), dtype=torch.float64).log()  # [N]
     work = _checked(model, prompts, task, data, tokenizer, batch_size, max_length, truncation, bf16)
@@ -81,7 +95,7 @@ def evaluate_ensemble(
             labels = torch.logsumexp(log_w[:, None, None] + part.classes, dim=0)  # [B, C]
             predicted += labels.argmax(dim=1).tolist()
     loss = total / count
-    if isinstance(task, ClassificationTask):
+    if isinstance(task, LabelledTask):
         return class_result(loss, work.rows, predicted, task.labels)
     return EvalResult({"loss": loss, "perplexity": perplexity(loss)}, [], len(work.rows))
 
@@ -133,7 +147,8 @@ class _Work:
     model: Any
     spec: BackboneSpec
     prompts: Sequence[LoweredPrompt]
-    task: ClassificationTask | GenerationTask
+    heads: Sequence[HeadedPrompt]
+    task: Task
     bound: BoundVerbalizer | None
     rows: Sequence[EncodedRow]
     batch_size: int
@@ -144,18 +159,32 @@ class _Work:
         size = max(self.batch_size // (len(self.prompts) * several), 1)
         with frozen(self.model), torch.no_grad():
             for rows in row_batches(self.rows, size):
-                yield self._tokens(rows) if self.bound is None else self._labels(rows, self.bound)
+                if self.heads:
+                    yield self._heads(rows)
+                else:
+                    yield self._tokens(rows) if self.bound is None else self._labels(rows, self.bound)
 
-    def _tokens(self, rows: Sequence[EncodedRow]) -> _Part:
+    def _heads(self, rows: Sequence[EncodedRow]) -> _Part:
         batch, ids = repeated(rows, len(self.prompts))
         device = self.spec.word_embeddings.weight.device
+        alone = collate(rows).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            found, _ = label_log_probs(self.model, self.prompts, batch.to(device), prompt_ids=ids)  # [N * n]
+            hidden = encoder_hidden(self.model, self.prompts, batch.to(device), prompt_ids=ids)  # [N * n, d]
+            logits = [
+                sequence_head(self.model, own, alone, prompt.head_weights())  # [B, C]
+                for own, prompt in zip(hidden.split(alone.num_tokens), self.heads, strict=True)
+            ]
+        classes = torch.stack(logits).double().log_softmax(dim=-1).cpu()  # [N, B, C]
+        gold = torch.tensor([row.class_id for row in rows])  # [B]
+        return _Part(classes[:, torch.arange(len(rows)), gold], classes, len(rows))
+
+    def _tokens(self, rows: Sequence[EncodedRow]) -> _Part:
+        found, _ = target_log_probs(self.model, self.spec, self.prompts, rows, self.bf16)  # [N * n]
         targets = found.double().cpu().view(len(self.prompts), -1)  # [N, n]
         return _Part(targets, None, targets.shape[1])
 
     def _labels(self, rows: Sequence[EncodedRow], bound: BoundVerbalizer) -> _Part:
-        assert isinstance(self.task, ClassificationTask)
+        assert isinstance(self.task, WordTask)
         words = word_log_probs(self.model, self.spec, self.prompts, self.task, bound, rows, self.bf16)  # [N, B, W]
         words = words.double().cpu()
         first = [bound.word_labels.index(row.class_id) for row in rows]  # type: ignore[arg-type]
@@ -174,10 +203,8 @@ def _checked(
     truncation: bool,
     bf16: bool,
 ) -> _Work:
-    if not isinstance(task, ClassificationTask | GenerationTask) or task.backbone_kind == "seq2seq":
-        raise InputError(
-            f"expected a task with a template, on a causal model, for an ensemble, got {type(task).__name__}"
-        )
+    if not isinstance(task, WordTask | SequenceClassificationTask | GenerationTask | Seq2SeqTask):
+        raise InputError(f"expected a task of labels or of texts to write for an ensemble, got {type(task).__name__}")
     if not prompts:
         raise InputError("expected at least one prompt for an ensemble, got none")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
@@ -186,6 +213,14 @@ def _checked(
         if prompt is None:
             raise InputError("expected prompts for an ensemble, got None among them")
         check_prompt(prompt, model)
+        check_places(task, prompt)
+        check_head(task, prompt)
+        if isinstance(task, SequenceClassificationTask) and not isinstance(prompt, HeadedPrompt):
+            raise InputError(
+                f"expected a HeadedPrompt, a prompt with its head, of a task with a trained head, got "
+                f"{type(prompt).__name__}"
+            )
+    heads = [prompt for prompt in prompts if isinstance(prompt, HeadedPrompt)]
     spec = backbone_spec(model)
     make_objective(task, model, spec, tokenizer, bf16)  # refuses what no task can be scored on
     with torch.no_grad():
@@ -194,8 +229,12 @@ def _checked(
         raise InputError("expected prompts of one kind for an ensemble, got virtual tokens and prefixes")
     room = min(room_for_text(spec, prompt, max_length) for prompt in prompts)
     rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec.vocab_size).rows
-    bound = task.verbalizer.bind(tokenizer) if isinstance(task, ClassificationTask) else None
-    return _Work(model, spec, lowered, task, bound, rows, batch_size, bf16)
+    bound = None
+    if isinstance(task, MaskedClassificationTask | Seq2SeqClassificationTask):
+        bound = task.bind(tokenizer)
+    elif isinstance(task, ClassificationTask):
+        bound = task.verbalizer.bind(tokenizer)
+    return _Work(model, spec, lowered, heads, task, bound, rows, batch_size, bf16)
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:

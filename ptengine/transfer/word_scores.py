@@ -6,21 +6,32 @@ Knows the patched backbone, lowered prompts and encoded rows; nothing of what th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ptengine.backbone import label_hidden, label_log_probs
+from ptengine.backbone import label_hidden, label_log_probs, masked_lm_logits, seq2seq_log_probs
 from ptengine.backbone.lowering import LoweredPrompt
-from ptengine.backbone.packing import PackedBatch
+from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step import vocabulary_logits
-from ptengine.data import BoundVerbalizer, ClassificationTask, EncodedRow, collate
+from ptengine.data import (
+    BoundVerbalizer,
+    ClassificationTask,
+    EncodedRow,
+    MaskedClassificationTask,
+    Seq2SeqClassificationTask,
+    collate,
+)
 from ptengine.training.objective_base import label_scores
 
-__all__ = ["class_log_probs", "repeated", "row_batches", "unlabelled", "word_log_probs"]
+__all__ = ["WordTask", "class_log_probs", "repeated", "row_batches", "target_log_probs", "unlabelled", "word_log_probs"]
+
+WordTask: TypeAlias = ClassificationTask | MaskedClassificationTask | Seq2SeqClassificationTask
 
 
 def row_batches(rows: Sequence[EncodedRow], size: int) -> Iterator[Sequence[EncodedRow]]:
@@ -35,11 +46,33 @@ def repeated(rows: Sequence[EncodedRow], times: int) -> tuple[PackedBatch, list[
 
 
 @torch.no_grad()
+def target_log_probs(
+    model: Any, spec: BackboneSpec, prompts: Sequence[LoweredPrompt], rows: Sequence[EncodedRow], bf16: bool
+) -> tuple[Tensor, Tensor]:
+    """log p of every target token of N copies of B rows, fp32 [N * n], and its row among them, int64 [N * n].
+
+    Args:
+        model, spec: a patched, frozen causal model or encoder-decoder.
+        prompts: N of one kind.
+        rows: B rows with targets.
+        bf16: run the model under bfloat16 autocast.
+    """
+    batch, ids = repeated(rows, len(prompts))
+    device = spec.word_embeddings.weight.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        if spec.kind != "seq2seq":
+            return label_log_probs(model, prompts, batch.to(device), prompt_ids=ids)
+        lengths = torch.tensor([row.prompt_length for row in rows] * len(prompts))  # [N * B]
+        pairs = sources_and_targets(replace(batch, source_lengths=lengths).to(device))
+        return seq2seq_log_probs(model, prompts, *pairs, prompt_ids=ids)
+
+
+@torch.no_grad()
 def word_log_probs(
     model: Any,
     spec: BackboneSpec,
     prompts: Sequence[LoweredPrompt],
-    task: ClassificationTask,
+    task: WordTask,
     bound: BoundVerbalizer,
     rows: Sequence[EncodedRow],
     bf16: bool,
@@ -47,7 +80,7 @@ def word_log_probs(
     """log p(word | text) behind every prompt: fp32 [N, B, W], the W words in the order of ``bound.words``.
 
     Args:
-        model, spec: a patched, frozen causal model.
+        model, spec: a patched, frozen model of the task's kind.
         prompts: N of one kind.
         task, bound: the task and its verbaliser in the model's tokens.
         rows: B rows that the task encoded; their labels are not read.
@@ -58,18 +91,18 @@ def word_log_probs(
     if bound.single_token:
         batch, ids = repeated(rows, len(prompts))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            found = label_hidden(model, prompts, batch.to(device), prompt_ids=ids)
-            logits = vocabulary_logits(spec, found.hidden).float()  # [N * B, V]
+            if isinstance(task, MaskedClassificationTask):
+                logits, _ = masked_lm_logits(model, prompts, batch.to(device), prompt_ids=ids)  # [N * B, V]
+            else:
+                found = label_hidden(model, prompts, batch.to(device), prompt_ids=ids)
+                logits = vocabulary_logits(spec, found.hidden).float()  # [N * B, V]
         words = torch.tensor([word[0] for word in bound.words], device=logits.device)  # [W]
         return (logits[:, words] - logits.logsumexp(dim=1, keepdim=True)).view(shape)  # [N, B, W]
+    assert not isinstance(task, MaskedClassificationTask)  # whose words are single tokens
     candidates = [candidate for row in rows for candidate in task.candidates(row, bound)]  # B * W
-    batch, ids = repeated(candidates, len(prompts))
-    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        log_probs, at = label_log_probs(model, prompts, batch.to(device), prompt_ids=ids)  # [n], [n]
-    sums = torch.zeros(batch.num_rows, device=log_probs.device).index_add(
-        0, at.long(), log_probs.float()
-    )  # [N * B * W]
-    return sums.view(shape)  # [N, B, W]
+    log_probs, at = target_log_probs(model, spec, prompts, candidates, bf16)  # [n], [n]
+    sums = torch.zeros(math.prod(shape), device=log_probs.device)  # [N * B * W]
+    return sums.index_add(0, at.long(), log_probs.float()).view(shape)  # [N, B, W]
 
 
 def class_log_probs(words: Tensor, bound: BoundVerbalizer) -> Tensor:

@@ -84,6 +84,11 @@ def test_sweep_of_a_bert_model_gives_every_run_a_head_of_its_own(
     assert done.status == 0, done.err
     judged = call("eval", "--prompt", output, "--data", world.test, "--json")
     assert judged.json["metrics"] == pytest.approx(done.json["test"]["metrics"], abs=1e-6)
+    found = done.json["sweep"]
+    (other,) = (run["folder"] for run in found["runs"] if run["folder"] != found["best"])
+    both = call("eval", "--prompt", output, "--ensemble", output / other, "--data", world.test, "--json")
+    assert both.status == 0, both.err
+    assert set(both.json["ensemble"].values()) == {0.5}
     exported = call("export", "--prompt", output, "--format", "peft", "--output", tmp_path / "peft", "--json")
     assert exported.status == 0, exported.err
     from safetensors.torch import load_file

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from transformers import BertForMaskedLM
 
+from ptengine import HeadedPrompt
 from ptengine.backbone import is_patched
+from ptengine.data import EmbeddingTask, MaskedClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer
 from ptengine.errors import InputError
 from ptengine.training import evaluate
 from ptengine.transfer import evaluate_ensemble, likelihood_weights
@@ -63,6 +67,69 @@ def test_one_prompt_alone_is_evaluated_as_ever(tiny: ModuleType, kind: str, what
         assert found.predictions == wanted.predictions
 
 
+def _other_models(tiny: ModuleType) -> dict[str, tuple[Any, Any, Any]]:
+    """Model, task and a prompt by its seed, of every kind of model that is not causal."""
+    masked, headed, t5 = tiny.bert(BertForMaskedLM), tiny.bert(), tiny.t5()
+    labels = Verbalizer({"neg": ["bad", "poor"], "pos": "good"})
+    words = Seq2SeqClassificationTask(Template("{text} it was"), Verbalizer({"neg": "bad", "pos": "very good"}))
+    return {
+        "mask": (masked, MaskedClassificationTask(Template("{text} it was {mask}"), labels),
+                 lambda seed: tiny.prefix(masked, seed)),
+        "mask among virtual tokens": (
+            masked, MaskedClassificationTask(Template("{prompt:2} {text} {prompt:2} {mask}"), labels),
+            lambda seed: tiny.soft(masked, seed),
+        ),
+        "head": (headed, tiny.head_task(),
+                 lambda seed: HeadedPrompt(headed, tiny.soft(headed, seed), ("neg", "pos"), seed=seed)),
+        "words of an encoder-decoder": (t5, words, lambda seed: tiny.soft(t5, seed)),
+        "texts of an encoder-decoder": (t5, tiny.pair_task(), lambda seed: tiny.prefix(t5, seed)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["mask", "mask among virtual tokens", "head", "words of an encoder-decoder", "texts of an encoder-decoder"],
+)
+def test_models_that_are_not_causal(tiny: ModuleType, kind: str) -> None:
+    """One prompt alone is `evaluate`; of several the mixture of two classes is taken of what each says alone."""
+    model, task, make = _other_models(tiny)[kind]
+    tokens, rows = tiny.tokenizer(special=model.config.model_type == "bert"), tiny.rows(7, 2)
+    prompts = [make(seed) for seed in (1, 2, 3)]
+    alone = [evaluate(model, prompt, task, rows, tokens) for prompt in prompts]
+    for one, wanted in zip(prompts, alone, strict=True):
+        found = evaluate_ensemble(model, [one, one], task, rows, tokens, batch_size=3)
+        assert found.metrics == pytest.approx(wanted.metrics, rel=1e-5)
+        assert found.predictions == wanted.predictions
+    weights = likelihood_weights(model, prompts, task, rows, tokens, batch_size=4)
+    losses = torch.tensor([result.metrics["loss"] for result in alone])
+    assert weights == pytest.approx(torch.softmax(-losses, 0).tolist(), rel=1e-5)
+    mixed = evaluate_ensemble(model, prompts, task, rows, tokens, weights=weights)
+    assert len({round(loss, 6) for loss in losses.tolist()}) == 3
+    # -log of a mean lies below the mean of -log, and above the lowest of each target's.
+    assert mixed.metrics["loss"] < sum(w * x for w, x in zip(weights, losses.tolist(), strict=True))
+    assert mixed.metrics["loss"] > min(losses.tolist()) + math.log(min(weights))
+
+
+@torch.no_grad()
+def test_heads_are_averaged_by_hand(tiny: ModuleType) -> None:
+    model, task, make = _other_models(tiny)["head"]
+    tokens, rows, prompts = tiny.tokenizer(special=True), tiny.rows(6, 2), [make(seed) for seed in (1, 2)]
+    expected = []
+    for row in rows:
+        said = []
+        for prompt in prompts:
+            twin = copy.deepcopy(model).eval()
+            prompt.install_head(twin)
+            with prompt.prompt.attached(twin):
+                said.append(twin(**tokens(row["text"], return_tensors="pt")).logits[0].softmax(0))
+        expected.append(0.25 * said[0] + 0.75 * said[1])
+    found = evaluate_ensemble(model, prompts, task, rows, tokens, weights=[1, 3])
+    assert found.predictions == [task.labels[int(p.argmax())] for p in expected]
+    gold = [task.labels.index(row["label"]) for row in rows]
+    loss = -sum(math.log(p[at]) for p, at in zip(expected, gold, strict=True)) / 6
+    assert found.metrics["loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_a_generation_task_mixes_token_by_token(tiny: ModuleType) -> None:
     model, tokens, task, rows = tiny.gpt2(), tiny.tokenizer(), tiny.text_task(), tiny.rows(1)
     prompts = [tiny.prefix(model, seed) for seed in (1, 2)]
@@ -100,10 +167,12 @@ def test_bad_ensembles_are_refused(tiny: ModuleType) -> None:
         ask([soft, None])
     with pytest.raises(InputError, match="another backbone"):
         ask([tiny.soft(tiny.llama())])
-    with pytest.raises(InputError, match="task with a template"):
+    with pytest.raises(InputError, match="expected a HeadedPrompt"):
         ask([soft], tiny.head_task())
-    with pytest.raises(InputError, match="on a causal model, for an ensemble, got Seq2SeqTask"):
+    with pytest.raises(InputError, match="model type 'gpt2', got Seq2SeqTask"):
         ask([soft], tiny.pair_task())
+    with pytest.raises(InputError, match="labels or of texts to write for an ensemble, got EmbeddingTask"):
+        ask([soft], EmbeddingTask())
     for weights in ([1.0, 2.0], [-1.0], [0.0], [float("nan")]):
         with pytest.raises(InputError, match="expected 1 weights"):
             ask([soft], weights=weights)
