@@ -13,21 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptengine.backbone import backbone_spec, encoder_hidden, sequence_head
+from ptengine.backbone import backbone_spec
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import (
     BoundVerbalizer,
-    ClassificationTask,
     EncodedRow,
     GenerationTask,
     LabelledTask,
-    MaskedClassificationTask,
-    Seq2SeqClassificationTask,
     Seq2SeqTask,
     SequenceClassificationTask,
     Task,
-    collate,
 )
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
@@ -39,8 +35,9 @@ from ptengine.training.objective_base import class_result, perplexity
 from ptengine.training.preparation import DataSource, check_head, check_places, check_prompt, encode, room_for_text
 from ptengine.transfer.word_scores import (
     WordTask,
+    bound_words,
     class_log_probs,
-    repeated,
+    head_log_probs,
     row_batches,
     target_log_probs,
     word_log_probs,
@@ -165,16 +162,7 @@ class _Work:
                     yield self._tokens(rows) if self.bound is None else self._labels(rows, self.bound)
 
     def _heads(self, rows: Sequence[EncodedRow]) -> _Part:
-        batch, ids = repeated(rows, len(self.prompts))
-        device = self.spec.word_embeddings.weight.device
-        alone = collate(rows).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.bf16):
-            hidden = encoder_hidden(self.model, self.prompts, batch.to(device), prompt_ids=ids)  # [N * n, d]
-            logits = [
-                sequence_head(self.model, own, alone, prompt.head_weights())  # [B, C]
-                for own, prompt in zip(hidden.split(alone.num_tokens), self.heads, strict=True)
-            ]
-        classes = torch.stack(logits).double().log_softmax(dim=-1).cpu()  # [N, B, C]
+        classes = head_log_probs(self.model, self.spec, self.heads, rows, self.bf16).double().cpu()  # [N, B, C]
         gold = torch.tensor([row.class_id for row in rows])  # [B]
         return _Part(classes[:, torch.arange(len(rows)), gold], classes, len(rows))
 
@@ -229,12 +217,7 @@ def _checked(
         raise InputError("expected prompts of one kind for an ensemble, got virtual tokens and prefixes")
     room = min(room_for_text(spec, prompt, max_length) for prompt in prompts)
     rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec.vocab_size).rows
-    bound = None
-    if isinstance(task, MaskedClassificationTask | Seq2SeqClassificationTask):
-        bound = task.bind(tokenizer)
-    elif isinstance(task, ClassificationTask):
-        bound = task.verbalizer.bind(tokenizer)
-    return _Work(model, spec, lowered, heads, task, bound, rows, batch_size, bf16)
+    return _Work(model, spec, lowered, heads, task, bound_words(task, tokenizer), rows, batch_size, bf16)
 
 
 def _shares(count: int, weights: Sequence[float] | None) -> list[float]:

@@ -240,7 +240,7 @@ class Procedure:
         settings = self.strategy.self_train
         if settings is None or self.unlabelled is None:
             return None
-        task: Any = self.task  # of words: `unlabelled_rows` took it
+        task: Any = self.task  # of labels: `unlabelled_rows` took it
         return teach(self.model, self.tokenizer, task, self.unlabelled, teacher, settings, self.training)
 
     def readable(self, rows: Rows, prompt: Prompt) -> None:

@@ -102,8 +102,8 @@ def transfer(
         model, tokenizer: the frozen backbone: causal, a masked language model, an encoder-decoder, or an encoder with a
             head for classes.
         task: the target's: classification by words (a masked language model's with a ``{mask}``) or by a head, or
-            generation. Self-training is for causal models, and an encoder-decoder embeds no text for distances of
-            domains. With a head every prompt is a `HeadedPrompt`, and sources are those whose head has the target's
+            generation. Self-training wants labels, and an encoder-decoder embeds no text for distances of domains. With
+            a head every prompt is a `HeadedPrompt`, and sources are those whose head has the target's
             labels; the head is transferred with its prompt, and `Anchor` leaves it free.
         shots: the target's rows.
         bank: prompts of this backbone; those of others are passed over and named in the result's `search`.

@@ -8,26 +8,59 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from ptengine.backbone import backbone_spec, label_losses
-from ptengine.backbone.packing import PackedBatch
-from ptengine.data import ClassificationTask, EncodedRow, Task, check_columns, collate, load_rows
+from ptengine.backbone import (
+    IGNORE_INDEX,
+    backbone_spec,
+    encoder_hidden,
+    label_losses,
+    masked_lm_losses,
+    seq2seq_losses,
+    sequence_head,
+)
+from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.packing import PackedBatch, sources_and_targets
+from ptengine.data import (
+    BoundVerbalizer,
+    ClassificationTask,
+    EncodedRow,
+    LabelledTask,
+    MaskedClassificationTask,
+    Seq2SeqClassificationTask,
+    SequenceClassificationTask,
+    Task,
+    check_columns,
+    collate,
+    load_rows,
+    text_columns,
+)
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training import TrainingConfig
 from ptengine.training.freezing import frozen
+from ptengine.training.head_objective import own_head
 from ptengine.training.identity import fingerprint_rows
 from ptengine.training.preparation import DataSource, encode, room_for_text
 from ptengine.transfer.augmentation import augment
 from ptengine.transfer.step_rows import StepRows
 from ptengine.transfer.strategies import SelfTrain
-from ptengine.transfer.word_scores import class_log_probs, row_batches, unlabelled, word_log_probs
+from ptengine.transfer.word_scores import (
+    WordTask,
+    bound_words,
+    class_log_probs,
+    head_log_probs,
+    row_batches,
+    unlabelled,
+    word_log_probs,
+)
 
 __all__ = ["SelfTrainTerm", "Taught", "teach", "unlabelled_rows"]
 
@@ -63,20 +96,20 @@ def unlabelled_rows(task: Task, data: DataSource, name: str = "unlabelled") -> l
     """Texts without their labels, which are not read even where there are some.
 
     Raises:
-        InputError: a task that is no classification by words, or as `ptengine.data.load_rows`; a column is missing.
+        InputError: a task without labels, or as `ptengine.data.load_rows`; a column is missing.
     """
-    if not isinstance(task, ClassificationTask):
-        raise InputError(f"expected a task whose labels are words for self-training, got {type(task).__name__}")
+    if not isinstance(task, LabelledTask):
+        raise InputError(f"expected a task of labels for self-training, got {type(task).__name__}")
+    columns = [*text_columns(task)]
     dataset = load_rows(data, name=name)
-    check_columns(dataset, task.template.columns, name)
-    columns = [*task.template.columns]
+    check_columns(dataset, columns, name)
     return unlabelled([dict(row) for row in dataset.with_format(None).select_columns(columns)], task)
 
 
 def teach(
     model: Any,
     tokenizer: Any,
-    task: ClassificationTask,
+    task: LabelledTask,
     rows: Sequence[Mapping[str, Any]],
     teacher: Prompt,
     settings: SelfTrain,
@@ -90,22 +123,27 @@ def teach(
     Raises:
         InputError: the teacher is sure enough of no text, or no changed copy differs from it; as `training.evaluate`.
     """
-    spec, bound = backbone_spec(model), task.verbalizer.bind(tokenizer)
+    spec, bound = backbone_spec(model), bound_words(task, tokenizer)
     room = room_for_text(spec, teacher, config.max_length)
 
     def encoded(some: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
         return encode(task, some, tokenizer, teacher, room, config.truncation, "unlabelled", spec.vocab_size).rows
 
     asked = encoded(rows)
-    words = 1 if bound.single_token else len(bound.words)
+    words = 1 if bound is None or bound.single_token else len(bound.words)
     size = max(config.per_device_eval_batch_size // words, 1)
+
+    def said_of(part: Sequence[EncodedRow]) -> Tensor:
+        """log p of the labels, [B, C]."""
+        if bound is None:
+            assert isinstance(teacher, HeadedPrompt)  # as every prompt of a bank for a task with a head
+            return head_log_probs(model, spec, [teacher], part, config.bf16)[0]
+        assert isinstance(task, WordTask)
+        lowered = [teacher.fold().lower()]
+        return class_log_probs(word_log_probs(model, spec, lowered, task, bound, part, config.bf16)[0], bound)
+
     with frozen(model), torch.no_grad():
-        lowered = teacher.fold().lower()
-        found = [
-            class_log_probs(word_log_probs(model, spec, [lowered], task, bound, part, config.bf16)[0], bound)
-            for part in row_batches(asked, size)
-        ]
-    log_p = torch.cat(found).double().cpu()  # [n, C]
+        log_p = torch.cat([said_of(part) for part in row_batches(asked, size)]).double().cpu()  # [n, C]
     sure = (log_p.max(dim=1).values.exp() >= settings.threshold).nonzero()[:, 0].tolist()
     if not sure:
         raise InputError(
@@ -115,7 +153,7 @@ def teach(
     targets = _targets(log_p[sure], settings.temperature)  # [kept, C]
     readings, origins = [asked[i] for i in sure], list(range(len(sure)))
     if settings.views is not None:
-        views = augment([rows[i] for i in sure], task.template.columns, settings.views)
+        views = augment([rows[i] for i in sure], text_columns(task), settings.views)
         if not views.rows:
             raise InputError("expected changed copies of unlabelled texts to learn consistency from, got none")
         readings, origins = encoded(views.rows), views.origins
@@ -124,11 +162,21 @@ def teach(
     for reading, origin in zip(readings, origins, strict=True):
         given = [(label, float(t)) for label, t in enumerate(targets[origin]) if t > 0]
         examples.append(([*range(len(made), len(made) + len(given))], [t for _, t in given]))
-        first = [bound.word_labels.index(label) for label, _ in given]
-        choices = task.candidates(reading, bound)
-        made += [choices[word] for word in first]
+        made += [_answered(task, reading, label, bound) for label, _ in given]
     said = Counter(task.labels[label] for label in log_p[sure].argmax(dim=1).tolist())
     return Taught(made, examples, len(rows), len(sure), {label: said[label] for label in task.labels})
+
+
+def _answered(task: LabelledTask, row: EncodedRow, label: int, bound: BoundVerbalizer | None) -> EncodedRow:
+    """The row as it would be encoded if it had the label at position `label`."""
+    if bound is None:
+        return replace(row, class_id=label)
+    word = bound.word_labels.index(label)
+    if isinstance(task, MaskedClassificationTask):
+        (token,) = bound.words[word]
+        return replace(row, class_id=label, labels=[x if x == IGNORE_INDEX else token for x in row.labels])
+    assert isinstance(task, ClassificationTask | Seq2SeqClassificationTask)
+    return task.candidates(row, bound)[word]
 
 
 def _targets(log_p: Tensor, temperature: float) -> Tensor:
@@ -170,15 +218,36 @@ class SelfTrainTerm:
         for group in groups:
             rows = [self._taught.rows[i] for text in group for i in self._taught.examples[text][0]]
             targets = [t for text in group for t in self._taught.examples[text][1]]
-            batch = collate(rows).to(self._device)
+            batch = collate(rows)
+            if self._task.backbone_kind == "seq2seq":
+                batch = replace(batch, source_lengths=torch.tensor([row.prompt_length for row in rows]))
+            batch = batch.to(self._device)
             made.append((batch, torch.tensor(targets, device=self._device), len(group) / total))
         return made
 
     def loss(self, prompt: Prompt, batch: PackedBatch, targets: Tensor, label_smoothing: float) -> Tensor:
-        """-sum_c t_c log q_c, the mean over labelled tokens, each with its row's target; equal to the task's own loss
-        where the targets are 0 and 1."""
+        """-sum_c t_c log q_c, the mean over labelled tokens, or rows with a head, each with its row's target; equal to
+        the task's own loss where the targets are 0 and 1."""
         lowered = prompt.lower()
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._bf16):
-            losses, at = label_losses(self._model, lowered, batch, label_smoothing=label_smoothing)  # [n], [n]
-        weights = targets[at]  # [n]
+            losses, at = self._losses(prompt, lowered, batch, label_smoothing)  # [n], [n]
+        weights = targets if at is None else targets[at]  # [n]
         return (losses.float() * weights).sum() / weights.sum()
+
+    def _losses(
+        self, prompt: Prompt, lowered: LoweredPrompt, batch: PackedBatch, label_smoothing: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """Cross-entropy [n], and the row of each, int64 [n]; None where there is one of every row."""
+        if isinstance(self._task, SequenceClassificationTask):
+            logits = sequence_head(self._model, encoder_hidden(self._model, lowered, batch), batch, own_head(prompt))
+            assert batch.row_labels is not None
+            smoothed = F.cross_entropy(
+                logits.float(), batch.row_labels, label_smoothing=label_smoothing, reduction="none"
+            )
+            return smoothed, None
+        if isinstance(self._task, MaskedClassificationTask):
+            return masked_lm_losses(self._model, lowered, batch, label_smoothing=label_smoothing)[0], None
+        if isinstance(self._task, Seq2SeqClassificationTask):
+            pairs = sources_and_targets(batch)
+            return seq2seq_losses(self._model, lowered, *pairs, label_smoothing=label_smoothing)
+        return label_losses(self._model, lowered, batch, label_smoothing=label_smoothing)

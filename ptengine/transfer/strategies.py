@@ -134,9 +134,9 @@ class SelfTrain:
     (1 - u) * L_target + u * L_unlabelled in the place of L_target.
 
     The teacher's probabilities p_c of the labels, once for every text, give the targets t_c, proportional to
-    p_c^(1/T); L_unlabelled = -sum_c t_c log q_c, q_c the student's probability of the label's first word. A sharp T and
-    a high threshold make it self-training; changed copies of the texts for the student make it learn consistency
-    (Sohn et al. 2020, arXiv 2001.07685; Xie et al. 2020, arXiv 1904.12848).
+    p_c^(1/T); L_unlabelled = -sum_c t_c log q_c, q_c the student's probability of the label's first word, or of the
+    label where a head says it. A sharp T and a high threshold make it self-training; changed copies of the texts for
+    the student make it learn consistency (Sohn et al. 2020, arXiv 2001.07685; Xie et al. 2020, arXiv 1904.12848).
 
     Attributes:
         share: u, in [0, 1]; with 1 the labels of the shots are not trained on and serve the guard alone.

@@ -14,7 +14,14 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ptengine.backbone import label_hidden, label_log_probs, masked_lm_logits, seq2seq_log_probs
+from ptengine.backbone import (
+    encoder_hidden,
+    label_hidden,
+    label_log_probs,
+    masked_lm_logits,
+    seq2seq_log_probs,
+    sequence_head,
+)
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec
@@ -23,13 +30,25 @@ from ptengine.data import (
     BoundVerbalizer,
     ClassificationTask,
     EncodedRow,
+    LabelledTask,
     MaskedClassificationTask,
     Seq2SeqClassificationTask,
+    Task,
     collate,
 )
+from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training.objective_base import label_scores
 
-__all__ = ["WordTask", "class_log_probs", "repeated", "row_batches", "target_log_probs", "unlabelled", "word_log_probs"]
+__all__ = [
+    "WordTask",
+    "bound_words",
+    "class_log_probs",
+    "head_log_probs",
+    "row_batches",
+    "target_log_probs",
+    "unlabelled",
+    "word_log_probs",
+]
 
 WordTask: TypeAlias = ClassificationTask | MaskedClassificationTask | Seq2SeqClassificationTask
 
@@ -113,6 +132,38 @@ def class_log_probs(words: Tensor, bound: BoundVerbalizer) -> Tensor:
     return label_scores(words, bound).log_softmax(dim=-1)
 
 
-def unlabelled(rows: Sequence[Mapping[str, Any]], task: ClassificationTask) -> list[dict[str, Any]]:
+@torch.no_grad()
+def head_log_probs(
+    model: Any, spec: BackboneSpec, prompts: Sequence[HeadedPrompt], rows: Sequence[EncodedRow], bf16: bool
+) -> Tensor:
+    """log p(label | text) of every prompt's own head: fp32 [N, B, C].
+
+    Args:
+        model, spec: a patched, frozen encoder with a head for classes.
+        prompts: N whose inner prompts are of one kind.
+        rows: B rows; their labels are not read.
+        bf16: run the model under bfloat16 autocast.
+    """
+    batch, ids = repeated(rows, len(prompts))
+    device = spec.word_embeddings.weight.device
+    alone = collate(rows).to(device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+        lowered = [prompt.fold().lower() for prompt in prompts]
+        hidden = encoder_hidden(model, lowered, batch.to(device), prompt_ids=ids)  # [N * n, d]
+        logits = [
+            sequence_head(model, own, alone, prompt.head_weights())  # [B, C]
+            for own, prompt in zip(hidden.split(alone.num_tokens), prompts, strict=True)
+        ]
+    return torch.stack(logits).float().log_softmax(dim=-1)  # [N, B, C]
+
+
+def bound_words(task: Task, tokenizer: Any) -> BoundVerbalizer | None:
+    """A task's words in the tokenizer's tokens; None of a task that has no words."""
+    if isinstance(task, MaskedClassificationTask | Seq2SeqClassificationTask):
+        return task.bind(tokenizer)
+    return task.verbalizer.bind(tokenizer) if isinstance(task, ClassificationTask) else None
+
+
+def unlabelled(rows: Sequence[Mapping[str, Any]], task: LabelledTask) -> list[dict[str, Any]]:
     """Rows that `task` can encode for scoring, whatever label they have or lack: every one gets the first label."""
     return [{**row, task.label_column: task.labels[0]} for row in rows]

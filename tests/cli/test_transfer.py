@@ -301,6 +301,8 @@ def test_a_bert_model_with_a_head_from_two_files_to_a_report(
     arguments[at : at + 2] = ["--text-column", "text"]
     arguments[arguments.index(world.llama)] = world.bert
     arguments += ["--head-learning-rate", "0.01"]
+    more = write_csv(tmp_path / "more.csv", "drink", ("good", "bad"), ("text", "label"))
+    arguments += ["--unlabelled", more, "--self-train", "0.5", "--confidence", "0.5"]
     done = call(*arguments, "--distill", "0.5", "--method", "prefix", "--json")
     assert done.status == 0, done.err
     data = done.json
@@ -331,7 +333,6 @@ def test_a_bert_model_with_a_head_from_two_files_to_a_report(
         (["--template", "{text}"], "expected no --template with --text-column"),
         (["--source-template", "{text}"], "expected no --source-template with --text-column"),
         (["--label-column", "mark"], "'mark'"),
-        (["--self-train", "0.5", "--unlabelled", "more.csv"], "labels are words"),
     ],
 )
 def test_options_that_do_not_go_with_a_head(
@@ -341,8 +342,6 @@ def test_options_that_do_not_go_with_a_head(
     at = arguments.index("--template")
     arguments[at : at + 2] = ["--text-column", "text"]
     arguments[arguments.index(world.llama)] = world.bert
-    unlabelled = write_csv(tmp_path / "more.csv", "drink", ("good", "bad"), ("text", "label"))
-    more = [unlabelled if part == "more.csv" else part for part in more]
     refused = call(*arguments, *more)
     assert (refused.status, words in refused.err) == (2, True), refused.err
     assert not (tmp_path / "out" / "target").exists()

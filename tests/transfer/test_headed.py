@@ -177,10 +177,16 @@ def test_what_cannot_be_moved_is_refused(world: World, tmp_path: Path) -> None:
         bank.add("bare", world.tiny.soft(world.model), task=TASK, **common)
     with pytest.raises(InputError, match="the labels of the prompt's head"):
         bank.add("wrong", world.headed(1), task=other, **common)
-    with pytest.raises(InputError, match="labels are words for self-training"):
-        world.run(tmp_path / "out", Strategy(self_train=SelfTrain()), unlabelled=[{"text": "a film"}])
     assert [entry.name for entry in bank.list()] == ["words"]
     assert not (tmp_path / "out").exists()
+
+
+def test_unlabelled_texts_are_taught_by_the_source_and_its_head(world: World, tmp_path: Path) -> None:
+    texts = [{"text": row["text"]} for row in world.tiny.rows(9, 5)]
+    result = world.run(tmp_path / "out", Strategy(self_train=SelfTrain(0.5, 0.5)), unlabelled=texts)
+    assert result.taught.kept > 0
+    plain = world.run(tmp_path / "plain")
+    assert result.runs["transferred"].losses != plain.runs["transferred"].losses
 
 
 def test_several_transferred_prompts_train_at_once(world: World, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from ptengine.data import MaskedClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer
+from ptengine.data import EmbeddingTask, MaskedClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
@@ -215,7 +215,8 @@ def test_curves_come_from_rows_that_decide_nothing(world: Any, tiny: ModuleType,
 def test_bad_input_is_refused_before_anything_is_written(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
     output = tmp_path / "out"
     cases: list[tuple[dict[str, Any], str]] = [
-        ({"task": tiny.head_task()}, "task with a template"),
+        ({"task": EmbeddingTask()}, "task with a template, or one of labels"),
+        ({"task": tiny.head_task()}, "was tuned for a ClassificationTask, this is a SequenceClassificationTask"),
         ({"bank": PromptBank(tmp_path / "none")}, "expected a bank with prompts"),
         ({"strategy": Strategy(Initialize("mean", top_k=4))}, "top_k=4"),
         ({"strategy": Strategy(joint=Joint())}, "source's task and rows"),

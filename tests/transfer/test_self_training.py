@@ -12,9 +12,18 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertForMaskedLM
 
+from ptengine import HeadedPrompt
 from ptengine.backbone import packed_loss
-from ptengine.data import collate, load_rows
+from ptengine.data import (
+    MaskedClassificationTask,
+    Seq2SeqClassificationTask,
+    Template,
+    Verbalizer,
+    collate,
+    load_rows,
+)
 from ptengine.errors import InputError
 from ptengine.training import TrainingConfig, evaluate
 from ptengine.training.freezing import frozen
@@ -91,6 +100,63 @@ def test_hard_targets_are_the_task_s_own_loss_on_those_labels(tiny: ModuleType, 
     assert found.item() == pytest.approx(wanted, rel=1e-5)
     found.backward()
     assert student.embeds.grad is not None
+
+
+def _other_models(tiny: ModuleType) -> dict[str, tuple[Any, Any, Any]]:
+    """Model, task and a prompt by its seed, of every kind of model that is not causal."""
+    masked, headed, t5 = tiny.bert(BertForMaskedLM), tiny.bert(), tiny.t5(dropout=0.0)
+    labels = Verbalizer({"neg": ["bad", "poor"], "pos": "good"})
+    words = Seq2SeqClassificationTask(Template("{text} it was"), Verbalizer({"neg": "bad", "pos": "very good"}))
+    return {
+        "mask": (
+            masked, MaskedClassificationTask(Template("{text} {prompt:4} {mask}"), labels),
+            lambda seed: tiny.soft(masked, seed),
+        ),
+        "head": (
+            headed, tiny.head_task(),
+            lambda seed: HeadedPrompt(headed, tiny.prefix(headed, seed), ("neg", "pos"), seed=seed),
+        ),
+        "words of an encoder-decoder": (t5, words, lambda seed: tiny.soft(t5, seed)),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["mask", "head", "words of an encoder-decoder"])
+def test_models_that_are_not_causal(tiny: ModuleType, kind: str) -> None:
+    """The teacher's labels are its predictions, and the student's loss is the task's own on rows that have them; with
+    soft targets it is the sum of both labels' losses, each with its share."""
+    model, task, make = _other_models(tiny)[kind]
+    tokens = tiny.tokenizer(special=model.config.model_type == "bert")
+    teacher, student = make(1), make(2)
+    rows = unlabelled_rows(task, texts(tiny))
+    hard = teach(model, tokens, task, rows, teacher, SelfTrain(threshold=0.0), CONFIG)
+    said = evaluate(model, teacher, task, rows, tokens).predictions
+    assert [task.labels[row.class_id] for row in hard.rows] == said
+
+    def loss_on(labels: list[str]) -> float:
+        labelled = [row | {"label": label} for row, label in zip(texts(tiny), labels, strict=True)]
+        return evaluate(model, student, task, labelled, tokens).metrics["loss"]
+
+    term = SelfTrainTerm(SelfTrain(), hard, model, task, replace(CONFIG, per_device_train_batch_size=12), "teacher")
+    ((batch, targets, _),) = term.batches(0)
+    with frozen(model):
+        found = term.loss(student, batch, targets, 0.0)
+        found.backward()
+    assert found.item() == pytest.approx(loss_on(said), rel=1e-5)
+    assert any(parameter.grad is not None and parameter.grad.any() for parameter in student.parameters())
+    soft = teach(model, tokens, task, rows, teacher, SelfTrain(threshold=0.0, temperature=1.0), CONFIG)
+    for (places, given), row in zip(soft.examples, rows, strict=True):
+        assert [soft.rows[place].class_id for place in places] == [0, 1]
+        assert sum(given) == pytest.approx(1)
+        alone = [evaluate(model, student, task, [row | {"label": label}], tokens) for label in task.labels]
+        own = collate([soft.rows[place] for place in places])
+        if task.backbone_kind == "seq2seq":
+            lengths = torch.tensor([soft.rows[place].prompt_length for place in places])
+            own = replace(own, source_lengths=lengths)
+        with frozen(model), torch.no_grad():
+            got = term.loss(student, own, torch.tensor(given), 0.0).item()
+        counts = [sum(x != -100 for x in soft.rows[place].labels) or 1 for place in places]
+        parts = [t * n * one.metrics["loss"] for t, n, one in zip(given, counts, alone, strict=True)]
+        assert got == pytest.approx(sum(parts) / sum(t * n for t, n in zip(given, counts, strict=True)), rel=1e-4)
 
 
 def test_soft_targets_weigh_the_words_of_all_labels(tiny: ModuleType) -> None:
@@ -232,7 +298,7 @@ def test_bad_input_is_refused_before_anything_is_written(world: Any, tiny: Modul
         ({"strategy": Strategy()}, "expected unlabelled texts"),
         ({"unlabelled": [{"review": "fine"}]}, "'text'"),
         ({"unlabelled": [{"text": "fine " * 60}]}, "unlabelled, row 0"),
-        ({"task": tiny.text_task()}, "labels are words"),
+        ({"task": tiny.text_task()}, "a task of labels for self-training, got GenerationTask"),
     ]
     for more, words in cases:
         with pytest.raises(InputError, match=words):
