@@ -32,7 +32,8 @@ from ptengine.interop.peft_types import (
     training_fields,
 )
 from ptengine.interop.plain import method_of, plain
-from ptengine.prompts import BackboneFacts, LlamaAdapter, Prefix, Prompt, SoftPrompt, backbone_facts
+from ptengine.prompts import BackboneFacts, HeadedPrompt, LlamaAdapter, Prefix, Prompt, SoftPrompt, backbone_facts
+from ptengine.prompts.headed import without_head
 from ptengine.prompts.initialization import check_count
 from ptengine.prompts.io import read_safetensors
 from ptengine.prompts.prefix import blocks_to_prefix, prefix_to_blocks
@@ -69,7 +70,8 @@ def save_peft(
 
     Args:
         prompt: a `SoftPrompt`, a `Prefix` or one that folds to them, as PEFT folds its own; or a `LlamaAdapter` with
-            one gate per layer, which needs `model` and is written as ADAPTION_PROMPT for CAUSAL_LM. For
+            one gate per layer, which needs `model` and is written as ADAPTION_PROMPT for CAUSAL_LM. With a
+            `HeadedPrompt` its head is written in the place of the model's. For
             MULTITASK_PROMPT_TUNING a list of soft prompts of the same length on the same backbone, too: task i is the
             i-th.
         directory: made if need be; its other files are not touched.
@@ -96,7 +98,10 @@ def save_peft(
             cannot be written.
     """
     given = [prompt] if isinstance(prompt, Prompt) or not isinstance(prompt, Sequence) else list(prompt)
-    prompts: list[Any] = [plain(one) for one in given]
+    headed = [one for one in given if isinstance(one, HeadedPrompt)]
+    if headed and len(given) > 1:
+        raise InputError("expected prompts without heads of their own, where a checkpoint is of several, got one with")
+    prompts: list[Any] = [plain(without_head(one)) for one in given]
     peft_type = _checked_type(prompts, peft_type)
     facts = prompts[0].facts
     kind = kind_of(facts.model_type)
@@ -122,7 +127,11 @@ def save_peft(
     if model is not None:
         facts.require_same(backbone_facts(model), "the prompt to export")
     if task_type in _HEADS:
-        tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in _head(model, task_type).items()}
+        head = _head(model, task_type)
+        if headed:
+            own = headed[0].head_weights()
+            head = {name: own[name] for name in head}
+        tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in head.items()}
     count = prompts[0].num_virtual_tokens
     config: dict[str, Any] = {
         "auto_mapping": None,

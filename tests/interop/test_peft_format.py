@@ -28,6 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from ptengine import HeadedPrompt
 from ptengine.errors import InputError
 from ptengine.interop import load_peft, save_peft
 from ptengine.prompts import Prefix, Prompt, SoftPrompt
@@ -330,6 +331,22 @@ def test_bad_checkpoints_are_one_clear_error(tmp_path, case):
     damage(tmp_path / "out")
     with pytest.raises(InputError, match=message):
         load_peft(tmp_path / "out", model)
+
+
+def test_a_head_of_the_prompts_own_is_written_and_the_models_is_not(tmp_path):
+    """PEFT's logits with the checkpoint are those of the model in which this head stands."""
+    model = make_model("bert")
+    prompt = HeadedPrompt(model, prompt_for(model, "soft"), ["a", "b", "c"][: model.config.num_labels], seed=5)
+    save_peft(prompt, tmp_path, model, task_type="SEQ_CLS")
+    with_it = make_model("bert")
+    prompt.install_head(with_it)
+    assert not torch.equal(with_it.classifier.weight, model.classifier.weight)
+    wrapped = peft.PeftModel.from_pretrained(make_model("bert"), tmp_path).eval()
+    with torch.no_grad():
+        ours, theirs = logits_by_hand(with_it, prompt.prompt, IDS_IN), peft_logits(wrapped, IDS_IN)
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-6)
+    with pytest.raises(InputError, match="expected prompts without heads of their own"):
+        save_peft([prompt, prompt], tmp_path, model, peft_type="MULTITASK_PROMPT_TUNING")
 
 
 def test_a_prefix_for_other_key_value_heads_is_refused(tmp_path):
