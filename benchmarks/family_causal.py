@@ -15,7 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 import ptengine
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, backbone_spec, label_hidden, pack_rows, patched
-from ptengine.backbone.step import vocabulary_logits
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.errors import UnsupportedModelError
 
 BOTH_WAYS = "its tokens see each other both ways, which no next token may be asked of"

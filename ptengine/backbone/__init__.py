@@ -21,7 +21,6 @@ from ptengine.backbone.patching import is_patched, patch, patched, unpatch
 from ptengine.backbone.seq2seq import seq2seq_log_probs, seq2seq_logits, seq2seq_loss, seq2seq_losses
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import (
-    LabelHidden,
     PackedLoss,
     capture_prefix,
     label_hidden,
@@ -31,6 +30,7 @@ from ptengine.backbone.step import (
 )
 from ptengine.backbone.step_recording import step_graphs
 from ptengine.backbone.support import SupportReport, supports
+from ptengine.backbone.vocabulary import LabelHidden
 
 __all__ = [
     "IGNORE_INDEX",

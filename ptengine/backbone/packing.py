@@ -19,11 +19,13 @@ __all__ = [
     "IGNORE_INDEX",
     "PackedBatch",
     "check_vocabulary",
+    "cut_rows",
     "join_batches",
     "pack_padded",
     "pack_rows",
     "read_back",
     "sources_and_targets",
+    "tokens_before_last_label",
 ]
 
 IGNORE_INDEX = -100
@@ -177,13 +179,41 @@ def join_batches(batches: Sequence[PackedBatch]) -> PackedBatch:
     )
 
 
-def read_back(batch: PackedBatch) -> tuple[list[int], int, int]:
-    """The rows' lengths, the least and the greatest token id (0 without tokens), for which a GPU is waited for once."""
+def read_back(batch: PackedBatch, read: Tensor | None = None) -> tuple[list[int], list[int], int, int]:
+    """The rows' lengths, `read` [rows], the least and the greatest token id (0 without tokens), for which a GPU is
+    waited for once."""
     lengths = batch.cu_seqlens.diff()  # [rows]
+    parts = [lengths, lengths if read is None else read]
     if batch.num_tokens == 0:
-        return lengths.tolist(), 0, 0
-    *read, least, most = torch.cat([lengths, torch.stack(batch.input_ids.aminmax())]).tolist()
-    return read, least, most
+        return lengths.tolist(), parts[1].tolist(), 0, 0
+    *both, least, most = torch.cat([*parts, torch.stack(batch.input_ids.aminmax())]).tolist()
+    return both[: batch.num_rows], both[batch.num_rows :], least, most
+
+
+def tokens_before_last_label(batch: PackedBatch) -> Tensor:
+    """How many tokens of each row stand before its last label, int64 [rows]: what a causal model reads to predict all
+    of the row's labels. 0 for a row without labels."""
+    assert batch.labels is not None
+    lengths = batch.cu_seqlens.diff().long()  # [rows]
+    rows = torch.repeat_interleave(
+        torch.arange(batch.num_rows, device=lengths.device), lengths, output_size=batch.num_tokens
+    )  # [tokens]
+    within = torch.arange(batch.num_tokens, device=lengths.device) - batch.cu_seqlens[:-1].long()[rows]  # [tokens]
+    counted = within.masked_fill(batch.labels == IGNORE_INDEX, 0)  # [tokens]
+    return torch.zeros_like(lengths).scatter_reduce(0, rows, counted, "amax")
+
+
+def cut_rows(batch: PackedBatch, lengths: Tensor, sizes: Sequence[int]) -> PackedBatch:
+    """The first tokens of each row, as many as `lengths` [rows] says, which are `sizes`; without labels."""
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # [rows + 1]
+    total = sum(sizes)
+    rows = torch.repeat_interleave(torch.arange(len(sizes), device=lengths.device), lengths, output_size=total)
+    within = torch.arange(total, device=lengths.device) - cu_seqlens[rows]  # [total]
+    return PackedBatch(
+        input_ids=batch.input_ids[batch.cu_seqlens.long()[rows] + within],
+        cu_seqlens=cu_seqlens.to(torch.int32),
+        max_seqlen=max(sizes, default=0),
+    )
 
 
 def check_vocabulary(batch: PackedBatch, known: int, least: int, most: int) -> None:

@@ -270,7 +270,8 @@ def _require_equal_text(spec: BackboneSpec, stock: StockRows, what: str) -> None
 
 
 def _require_equal(spec: BackboneSpec, prompt: LoweredPrompt, stock: StockRows, what: str) -> None:
-    from ptengine.backbone.step import predicting_hidden, vocabulary_logits
+    from ptengine.backbone.step import predicting_hidden
+    from ptengine.backbone.vocabulary import vocabulary_logits
 
     labels = [[IGNORE_INDEX] * len(row) for row in stock.ids]  # the first text is labelled, and the last token
     labels[0], labels[-1][-1] = list(stock.ids[0]), stock.ids[-1][-1]

@@ -19,7 +19,8 @@ from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch
 from ptengine.backbone.patching import require_patched
 from ptengine.backbone.seq2seq_rows import SourceRows, dense_rows, empty_cache, source_rows
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.backbone.step import LabelHidden, PackedLoss, Prompts, label_cross_entropy, vocabulary_logits
+from ptengine.backbone.step import PackedLoss, Prompts
+from ptengine.backbone.vocabulary import LabelHidden, label_cross_entropy, vocabulary_logits
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["seq2seq_hidden", "seq2seq_log_probs", "seq2seq_logits", "seq2seq_loss", "seq2seq_losses"]

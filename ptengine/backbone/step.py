@@ -23,17 +23,23 @@ from ptengine.backbone.heads import before_head
 from ptengine.backbone.in_row import run_in_row
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
-from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, check_vocabulary, read_back
+from ptengine.backbone.packing import (
+    IGNORE_INDEX,
+    PackedBatch,
+    check_vocabulary,
+    cut_rows,
+    read_back,
+    tokens_before_last_label,
+)
 from ptengine.backbone.patching import cache_off, no_mask, require_patched
 from ptengine.backbone.placement import places_in_rows, row_order
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step_recording import active_graphs
 from ptengine.backbone.text_dependent import own_prompts
+from ptengine.backbone.vocabulary import LabelHidden, label_cross_entropy
 from ptengine.errors import InputError, UnsupportedModelError
-from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 
 __all__ = [
-    "LabelHidden",
     "Layout",
     "PackedLoss",
     "Prompts",
@@ -41,7 +47,6 @@ __all__ = [
     "capture_prefixes",
     "check_fit",
     "checked_prompts",
-    "label_cross_entropy",
     "label_hidden",
     "label_log_probs",
     "label_losses",
@@ -51,7 +56,6 @@ __all__ = [
     "predicting_hidden",
     "stack_prefixes",
     "text_hidden",
-    "vocabulary_logits",
 ]
 
 Prompts = LoweredPrompt | Sequence[LoweredPrompt] | None
@@ -66,19 +70,6 @@ class PackedLoss:
 
     loss: Tensor
     num_labels: int
-
-
-@dataclass(frozen=True)
-class LabelHidden:
-    """Attributes:
-    hidden: [n, d], what the LM head's matrix reads to predict each label.
-    labels: int64 [n].
-    rows: int64 [n], the row of the batch each label stands in.
-    """
-
-    hidden: Tensor
-    labels: Tensor
-    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -161,22 +152,36 @@ def label_hidden(
 def predicting_hidden(
     spec: BackboneSpec, lowered: Prompts, batch: PackedBatch, *, prompt_ids: Sequence[int] | None = None
 ) -> LabelHidden:
-    """`label_hidden` of a patched causal model that need not have a head."""
+    """`label_hidden` of a patched causal model that need not have a head.
+
+    What stands at a row's last label and behind it predicts nothing that counts, so the model does not run on it.
+    """
     batch = batch.to(spec.word_embeddings.weight.device)
     if batch.labels is None:
         raise InputError("expected a batch with labels, got none")
     prompts, ids = checked_prompts(spec, lowered, batch, prompt_ids)
-    layout = lay_out(spec, prompts, ids, batch)
-    before = layout.text - 1  # [tokens]
-    first = batch.cu_seqlens[:-1][batch.cu_seqlens.diff() > 0].long()  # first token of every row that has one
-    before[first] = layout.before_text[layout.row_of_token[first]]
-    wanted = (batch.labels != IGNORE_INDEX) & (before >= 0)  # [tokens]
-    predictors = before[wanted]  # [n]
+    labelled = (batch.labels != IGNORE_INDEX).nonzero()[:, 0]  # [l]
+    rows = torch.searchsorted(batch.cu_seqlens[1:].long(), labelled, right=True)  # [l], the row each stands in
+    within = labelled - batch.cu_seqlens[:-1].long()[rows]  # [l]
+    # Virtual tokens inside rows may have their places behind the last label, too.
+    whole = batch.virtual_at is not None and len(prompts) > 0
+    read = batch.cu_seqlens.diff().long() if whole else tokens_before_last_label(batch)  # [rows]
+    sizes = check_rows(spec, prompts, ids, batch, read)
+    text = batch if whole else cut_rows(batch, read, sizes)
+    layout = lay_out(spec, prompts, ids, text, sizes)
+    if whole:
+        before = layout.text[labelled] - 1  # [l], maybe a virtual token
+    else:
+        own = text.cu_seqlens[:-1].long()[rows] + within - 1  # [l], the token before, where the row has one
+        before = torch.nn.functional.pad(layout.text, (0, 1), value=-1)[own]  # [l]
+    before = layout.before_text[rows].where(within == 0, before)  # [l]
+    counts = (before >= 0).nonzero()[:, 0]  # [n]
+    predictors = before[counts]  # [n]
     if predictors.numel() == 0:
         raise InputError("expected a batch with at least one label behind a token or a virtual token, got none")
     hidden = _run(spec, layout, prompts, ids, hidden_rows=torch.unique(predictors))
-    read = before_head(spec.before_head, hidden[predictors])  # [n, d]
-    return LabelHidden(read, batch.labels[wanted], layout.row_of_token[wanted])
+    found = before_head(spec.before_head, hidden[predictors])  # [n, d]
+    return LabelHidden(found, batch.labels[labelled[counts]], rows[counts])
 
 
 def text_hidden(
@@ -304,13 +309,12 @@ def check_fit(spec: BackboneSpec, prompt: FixedPrompt) -> None:
             )
 
 
-def lay_out(spec: BackboneSpec, prompts: list[FixedPrompt], ids: list[int], batch: PackedBatch) -> Layout:
-    """Place virtual tokens, as rows of their own or in every row, and give every token its position."""
-    device = spec.word_embeddings.weight.device
-    batch = batch.to(device)
-    sizes = [prompt.num_positions for prompt in prompts]
-    lengths, least, most = read_back(batch)
-    virtual = [sizes[prompt] if prompt >= 0 else 0 for prompt in ids]  # virtual tokens before each row
+def check_rows(
+    spec: BackboneSpec, prompts: list[FixedPrompt], ids: list[int], batch: PackedBatch, read: Tensor | None = None
+) -> list[int]:
+    """`read` [rows], by default the rows' lengths, as a list, once no row is too long and no token beyond the words."""
+    lengths, wanted, least, most = read_back(batch, read)
+    virtual = _virtual_of_rows(prompts, ids)
     too_long = [row for row, length in enumerate(lengths) if length + virtual[row] > spec.max_positions]
     if too_long:
         row = too_long[0]
@@ -321,6 +325,31 @@ def lay_out(spec: BackboneSpec, prompts: list[FixedPrompt], ids: list[int], batc
     check_vocabulary(batch, spec.word_embeddings.weight.shape[0], least, most)
     for row, (prompt, length) in enumerate(zip(ids, lengths, strict=True)):
         check_reach(prompts[prompt] if prompt >= 0 else None, length, f"row {row}")
+    return wanted
+
+
+def _virtual_of_rows(prompts: list[FixedPrompt], ids: list[int]) -> list[int]:
+    """How many virtual tokens stand before each row."""
+    return [prompts[prompt].num_positions if prompt >= 0 else 0 for prompt in ids]
+
+
+def lay_out(
+    spec: BackboneSpec,
+    prompts: list[FixedPrompt],
+    ids: list[int],
+    batch: PackedBatch,
+    lengths: list[int] | None = None,
+) -> Layout:
+    """Place virtual tokens, as rows of their own or in every row, and give every token its position.
+
+    `lengths` are those of the rows where `check_rows` has passed; with None it is called.
+    """
+    device = spec.word_embeddings.weight.device
+    batch = batch.to(device)
+    if lengths is None:
+        lengths = check_rows(spec, prompts, ids, batch)
+    sizes = [prompt.num_positions for prompt in prompts]
+    virtual = _virtual_of_rows(prompts, ids)
     text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
     row_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=device), batch.cu_seqlens.diff().long())
     virtual_of_row = torch.tensor(virtual, dtype=torch.int64, device=device)  # [rows]
@@ -376,14 +405,15 @@ def lay_out(spec: BackboneSpec, prompts: list[FixedPrompt], ids: list[int], batc
     row_of_position = torch.repeat_interleave(torch.arange(len(lengths), device=device), cu_seqlens.diff().long())
     row_starts = cu_seqlens[:-1].long()  # [rows]
     text = (order >= order.numel() - batch.num_tokens).nonzero()[:, 0]  # [tokens]
-    first = text[within == 0]  # of the rows with text
-    rows = row_of_token[within == 0]
+    leading = virtual_of_row  # [rows], virtual tokens before the text
+    if batch.virtual_at is not None:
+        leading = (batch.virtual_at == 0).sum(dim=1) * (virtual_of_row > 0)
     return Layout(
         embeds=source[entries[order]],
         positions=torch.arange(order.numel(), device=device) - row_starts[row_of_position],
         text=text,
         row_of_token=row_of_token,
-        before_text=nothing.index_copy(0, rows, torch.where(first > row_starts[rows], first - 1, -1)),
+        before_text=torch.where(leading > 0, row_starts + leading - 1, nothing),
         cu_seqlens=cu_seqlens,
         max_seqlen=int(cu_seqlens.diff().max()),
         prefix_rows=None,
@@ -452,46 +482,3 @@ def _call_base(
     )
     hidden: Tensor = out.last_hidden_state[0]
     return hidden
-
-
-def vocabulary_logits(spec: BackboneSpec, hidden: Tensor, logit_bias: Tensor | None = None) -> Tensor:
-    """What the stock model makes of what its LM head reads, [n, d]: logits [n, V], with `logit_bias` [V] added."""
-    head: Any = spec.lm_head
-    logits: Tensor = head(hidden)
-    if logit_bias is not None:
-        logits = logits + logit_bias
-    if spec.logit_scale != 1:
-        logits = logits * spec.logit_scale
-    if spec.logit_softcap is not None:
-        logits = torch.tanh(logits / spec.logit_softcap) * spec.logit_softcap
-    return logits
-
-
-def label_cross_entropy(
-    spec: BackboneSpec,
-    found: LabelHidden,
-    label_smoothing: float,
-    reduction: str,
-    logit_bias: Tensor | None = None,
-) -> Tensor:
-    """Of the labels, through the frozen LM head: a scalar, or [n] with the reduction "none".
-
-    `logit_bias` [V] is what the model adds to the logits of its head.
-    """
-    hidden, weight, bias = _head(spec, found.hidden, logit_bias)
-    return linear_cross_entropy(
-        hidden, weight, found.labels, bias=bias, softcap=spec.logit_softcap, label_smoothing=label_smoothing,
-        reduction=reduction,
-    )  # fmt: skip
-
-
-def _head(spec: BackboneSpec, hidden: Tensor, logit_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states in the dtype of the LM head, its weight [V, d] and its bias [V] or None; logits are scaled."""
-    head: Any = spec.lm_head
-    bias: Tensor | None = getattr(head, "bias", None)
-    if logit_bias is not None:
-        bias = logit_bias.to(head.weight.dtype) if bias is None else bias + logit_bias
-    hidden = hidden.to(head.weight.dtype)
-    if spec.logit_scale != 1:  # of hidden [n, d], not of logits [n, V]
-        hidden, bias = hidden * spec.logit_scale, None if bias is None else bias * spec.logit_scale
-    return hidden, head.weight, bias

@@ -45,7 +45,7 @@ def own_prompts(
             places = [len(fixed)] * len(rows)
         else:
             if not checked:
-                _, least, most = read_back(batch)
+                *_, least, most = read_back(batch)
                 check_vocabulary(batch, spec.word_embeddings.weight.shape[0], least, most)
                 checked = True
             added = _of_rows(spec, prompt, rows, batch)

@@ -203,7 +203,7 @@ def _ways(model: Any, spec: BackboneSpec, hidden: Tensor) -> Iterator[BackboneSp
 
 
 def _distance_of_head(spec: BackboneSpec, hidden: Tensor, logits: Tensor) -> float:
-    from ptengine.backbone.step import vocabulary_logits
+    from ptengine.backbone.vocabulary import vocabulary_logits
 
     try:
         return distance_of(vocabulary_logits(spec, before_head(spec.before_head, hidden)), logits)

@@ -22,7 +22,7 @@ from ptengine.backbone import label_hidden, pack_rows, patched
 from ptengine.backbone.patching import eval_mode
 from ptengine.backbone.proof import tolerance
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.backbone.step import vocabulary_logits
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.files import staged_directory, write_json_atomic
 from ptengine.interop.baked_tokenizer import BakedTokenizer, bake_tokenizer

@@ -15,7 +15,8 @@ from ptengine.backbone import label_hidden
 from ptengine.backbone.lowering import KeyValuePrefix, VirtualTokens
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.patching import require_patched
-from ptengine.backbone.step import capture_prefix, vocabulary_logits
+from ptengine.backbone.step import capture_prefix
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ptengine.backbone import label_hidden, packed_loss
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.patching import require_patched
-from ptengine.backbone.step import vocabulary_logits
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.multitask import MultitaskPrompt

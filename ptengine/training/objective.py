@@ -17,7 +17,7 @@ from ptengine.backbone import PackedLoss, label_hidden, label_log_probs, packed_
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.backbone.step import vocabulary_logits
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.data import (
     BoundVerbalizer,
     ClassificationTask,

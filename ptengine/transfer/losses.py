@@ -20,7 +20,7 @@ from ptengine.backbone import label_hidden, masked_lm_logits, seq2seq_logits
 from ptengine.backbone.lowering import GatedTokens, LoweredPrompt, TextDependentTokens, VirtualTokens
 from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
-from ptengine.backbone.step import vocabulary_logits
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.data import SequenceClassificationTask, Task
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError

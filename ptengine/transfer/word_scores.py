@@ -25,7 +25,7 @@ from ptengine.backbone import (
 from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.backbone.step import vocabulary_logits
+from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.data import (
     BoundVerbalizer,
     ClassificationTask,

@@ -114,7 +114,7 @@ def test_hooks_of_a_projection_run(calls: list[str]) -> None:
     with patched(model):
         seen.clear()
         loss_of(model, virtual(4), random_rows(3, 5))
-    assert seen == [torch.Size([12, 24])]
+    assert seen == [torch.Size([10, 24])]  # 4 virtual tokens and the texts but for their last tokens
 
 
 def test_a_forward_that_somebody_replaced_is_left_alone() -> None:

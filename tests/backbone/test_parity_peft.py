@@ -135,25 +135,36 @@ def test_batch_equals_each_row_alone(backbone: Any, kind: str) -> None:
             assert relative(torch.autograd.grad(out.loss * count, ours)[0], grad) < 1e-5, name
 
 
+@pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backbone", ["gpt2", "stories260k"], indirect=True)
-def test_a_hundred_steps(backbone: Any, kind: str) -> None:
-    """From the same start with the same optimiser, the losses follow PEFT's within 1e-4; and the prompt learns."""
+def test_a_hundred_steps(backbone: Any, kind: str, double: bool) -> None:
+    """From the same start with the same optimiser, the losses follow PEFT's within 1e-4; and the prompt learns.
+
+    Layers and prompts in fp64 (the stock loss is taken in fp32). With all in fp32 AdamW turns a rounding that changes a
+    small gradient's sign into a whole step: then within ten times as far as PEFT's own losses move when it is given the
+    rows of each batch in the other order, which was 1.8e-4 with the real model on one machine.
+    """
     model, texts = backbone
     rows = [row[:16] for row in texts(8)]
-    wrapped, theirs = with_peft(model, kind, SIZE)
+    made = [with_peft(model, kind, SIZE) for _ in range(2)]
+    if double:
+        model, made = model.double(), [(wrapped.double(), weight) for wrapped, weight in made]
+    (wrapped, theirs), (turned, again) = made
     ours = theirs.detach().clone().requires_grad_()
-    optimisers = [torch.optim.AdamW([x], lr=0.01, weight_decay=0.01) for x in (theirs, ours)]
-    losses: list[tuple[float, float]] = []
+    optimisers = [torch.optim.AdamW([x], lr=0.01, weight_decay=0.01) for x in (theirs, again, ours)]
+    losses: list[tuple[float, float, float]] = []
     with patched(model):
         for step in range(100):
             chosen = [rows[(3 * step + i) % len(rows)] for i in range(3)]
             stock = peft_loss(wrapped, chosen, chosen)
+            other = peft_loss(turned, chosen[::-1], chosen[::-1])
             engine = packed_loss(model, lower(model, kind, ours), pack_rows(chosen, chosen)).loss
-            for optimiser, loss in zip(optimisers, (stock, engine), strict=True):
+            for optimiser, loss in zip(optimisers, (stock, other, engine), strict=True):
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
-            losses.append((stock.item(), engine.item()))
-    assert max(abs(a - b) for a, b in losses) < 1e-4
-    assert sum(b for _, b in losses[-8:]) < 0.98 * sum(b for _, b in losses[:8])  # a cycle of batches is eight steps
+            losses.append((stock.item(), other.item(), engine.item()))
+    noise = max(abs(a - b) for a, b, _ in losses)
+    assert max(abs(a - c) for a, _, c in losses) < max(1e-4, 0 if double else 10 * noise)
+    assert sum(c for *_, c in losses[-8:]) < 0.98 * sum(c for *_, c in losses[:8])  # a cycle of batches is eight steps

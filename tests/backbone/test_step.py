@@ -19,6 +19,7 @@ from ptengine.backbone import (
     patched,
     unpatch,
 )
+from ptengine.errors import InputError
 
 from .stock import (
     CAUSAL,
@@ -219,14 +220,44 @@ def test_last_mlp_runs_on_wanted_rows_alone(model: Any, monkeypatch: pytest.Monk
     few, everything = pack_rows(rows, some_labels(rows)), pack_rows(rows, rows)
     with patched(model):
         seen, loss, grads = counted_rows(model, prompt, few)
-        assert seen == [32, 32, 13]  # 7 virtual tokens and 25 of text; 14 labels, two from the same virtual token
-        assert counted_rows(model, prompt, everything)[0] == [32, 32, 22]  # 25 labels, 4 from the last virtual token
+        # 7 virtual tokens and 18 before the last labels of their rows; 14 labels, two from the same virtual token
+        assert seen == [25, 25, 13]
+        # 21 of text; 25 labels, 4 from the last virtual token, leave less than a quarter to save
+        assert counted_rows(model, prompt, everything)[0] == [28, 28, 28]
         monkeypatch.setattr("ptengine.backbone.last_layer._SHARE", -1.0)
         seen, whole_loss, whole_grads = counted_rows(model, prompt, few)
-        assert seen == [32, 32, 32]
+        assert seen == [25, 25, 25]
     torch.testing.assert_close(loss, whole_loss, rtol=1e-6, atol=1e-6)
     for got, exact in zip(grads, whole_grads, strict=True):
         assert relative(got, exact) < 1e-6
+
+
+@pytest.mark.parametrize("kind", ["soft", "prefix"])
+def test_what_no_label_follows_is_not_run(model: Any, kind: str) -> None:
+    """A label's own token, which the next one reads, is the last input of no prediction where no label comes after it:
+    rows end before their last label, and rows without one are not run at all."""
+    rows, prompt = random_rows(6, 3, 4), lowered(model, kind, 7)
+    labels = [[HIDE, rows[0][1], HIDE, rows[0][3], HIDE, HIDE], [HIDE] * 3, [HIDE] * 3 + [rows[2][3]]]
+    short = [rows[0][:4], rows[2]]
+    taken: list[int] = []
+    with patched(model):
+        handle = model.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs: taken.append(kwargs["inputs_embeds"].shape[1]), with_kwargs=True
+        )
+        loss = packed_loss(model, prompt, pack_rows(rows, labels)).loss
+        cut = packed_loss(model, prompt, pack_rows(short, [labels[0][:4], labels[2]])).loss
+        handle.remove()
+        virtual_rows = 7 if kind == "soft" else 0
+        assert taken == [virtual_rows + 6] * 2  # three tokens of each row that has a label
+        grads = [torch.autograd.grad(each, parameters(prompt)) for each in (loss, cut)]
+        torch.testing.assert_close(loss, cut, rtol=1e-6, atol=1e-6)
+        for got, exact in zip(*grads, strict=True):
+            assert relative(got, exact) < 1e-6
+        rows[0][5] = 10**6
+        with pytest.raises(InputError, match=r"row 0.*1000000"):
+            packed_loss(model, prompt, pack_rows(rows, labels))
+    expected = stock_loss(model, [prompt] * 2, short, [labels[0][:4], labels[2]])
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_interrupted_call_leaves_nothing_behind() -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from ptengine.backbone import TextDependentTokens, VirtualTokens, generate, step
+from ptengine.backbone import TextDependentTokens, VirtualTokens, generate, vocabulary
 from ptengine.data import Seq2SeqClassificationTask, Seq2SeqTask, Template, Verbalizer, load_rows
 from ptengine.errors import InputError
 from ptengine.prompts import Prompt, SoftPrompt, load_prompt
@@ -115,13 +115,13 @@ def test_a_loss_goes_through_labelled_rows_alone(
 ) -> None:
     """The stock head runs on nothing; the cross-entropy is handed the labelled tokens' hidden states."""
     model, handed, made = tiny.t5(), [], []
-    stock = step.linear_cross_entropy
+    stock = vocabulary.linear_cross_entropy
 
     def spy(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
         handed.append((tuple(hidden.shape), int((labels >= 0).sum())))
         return stock(hidden, weight, labels, **options)
 
-    monkeypatch.setattr(step, "linear_cross_entropy", spy)
+    monkeypatch.setattr(vocabulary, "linear_cross_entropy", spy)
     trainer = run_of(tiny, tmp_path / "out", kind, model=model, max_steps=1, eval_strategy="no")
     labels = [len(row.input_ids) - row.prompt_length for row in trainer._train]
     model.lm_head.register_forward_hook(lambda _module, _args, out: made.append(out.numel()))
