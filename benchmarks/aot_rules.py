@@ -33,6 +33,9 @@ __all__ = [
 TABLE = Path(__file__).parent / "results" / "resources.json"
 # Registers are handed out eight at a time, so fewer more cost nothing.
 SLACK = 8
+# Of stack and spills where the table has some, which NVIDIA's kernels never have: what LLVM allocates for AMD differs by
+# a few with the machine that compiles.
+SPILL_SLACK = 16
 # Matrix instructions from the fastest kind to the slowest: tcgen05 of sm_100, wgmma of sm_90, mma.sync, AMD's mfma.
 TENSOR_CORE = ("UTCHMMA", "HGMMA", "HMMA", "MFMA")
 # Tiles are made for NVIDIA. Elsewhere one that does not compile, or that spills, is told in the table and is no fault.
@@ -124,8 +127,10 @@ def regressions(row: Row, kept: Kept | None) -> list[str]:
     if m.registers > kept["registers"] + SLACK:
         faults.append(f"expected at most {kept['registers']} + {SLACK} registers, got {m.registers}")
     for name in ("shared", "stack", "spills"):
-        if getattr(m, name) > kept.get(name, 0):
-            faults.append(f"expected {name} of at most {kept.get(name, 0)} as before, got {getattr(m, name)}")
+        most = kept.get(name, 0)
+        if getattr(m, name) > most + (SPILL_SLACK if most and name != "shared" else 0):
+            allowed = f"{most} + {SPILL_SLACK}" if most and name != "shared" else most
+            faults.append(f"expected {name} of at most {allowed} as before, got {getattr(m, name)}")
     before = kept["tensor_core"]
     lost = set(before) - set(m.tensor_core)
     joined = set(m.tensor_core) - set(before)

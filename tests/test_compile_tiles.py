@@ -99,6 +99,14 @@ def test_what_is_better_than_the_table_or_within_the_slack_passes():
     assert regressions(row("gfx942"), row("gfx942", error="b").kept()) != []
 
 
+def test_spills_that_are_in_the_table_may_differ_by_a_few_with_the_machine_that_compiles():
+    """Regression: one AMD kernel has 964 spilled registers where one machine compiles it and 968 where another does."""
+    kept = row("gfx942", stack=1168, spills=964).kept()
+    assert regressions(row("gfx942", stack=1172, spills=968), kept) == []
+    said = regressions(row("gfx942", stack=1168, spills=981), kept)
+    assert said == ["expected spills of at most 964 + 16 as before, got 981"]
+
+
 def test_a_row_without_a_table_and_a_table_without_a_row_are_told(tmp_path, monkeypatch):
     monkeypatch.setattr(aot_rules, "TABLE", tmp_path / "resources.json")
     assert regressions(row(), None) == ["expected a row in the table, got none: --write-table"]
