@@ -33,8 +33,8 @@ __all__ = [
 TABLE = Path(__file__).parent / "results" / "resources.json"
 # Registers are handed out eight at a time, so fewer more cost nothing.
 SLACK = 8
-# Of stack and spills where the table has some, which NVIDIA's kernels never have: what LLVM allocates for AMD differs by
-# a few with the machine that compiles.
+# Of stack and spills where the table has some, which NVIDIA's kernels never have: what LLVM allocates for AMD differs
+# by a few with the machine that compiles.
 SPILL_SLACK = 16
 # Matrix instructions from the fastest kind to the slowest: tcgen05 of sm_100, wgmma of sm_90, mma.sync, AMD's mfma.
 TENSOR_CORE = ("UTCHMMA", "HGMMA", "HMMA", "MFMA")
