@@ -147,28 +147,6 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
         lambda b: b.tune("--max-tokens-per-batch", "9"),
         ("--seeds or --learning-rates", "--max-tokens-per-batch"),
     ),
-    "sweep over a trained head": (
-        lambda b: [
-            "tune",
-            "--model",
-            b.world.bert,
-            "--train",
-            b.world.train,
-            "--eval",
-            b.world.test,
-            "--text-column",
-            "text",
-            "--method",
-            "prefix",
-            "--output",
-            str(b.out),
-            "--max-steps",
-            "3",
-            "--seeds",
-            "1,2",
-        ],
-        ("trained head", "SequenceClassificationTask"),
-    ),
     # The task
     "no template": (
         lambda b: ["tune", "--train", b.world.train, "--output", str(b.out)],
