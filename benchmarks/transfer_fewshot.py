@@ -60,7 +60,7 @@ from ptengine.transfer.losses import TransferLoss
 from ptengine.transfer.measures import paired_interval
 
 RATES = (3.0, 1.0, 0.3, 0.1)
-"""Of scratch, times the method's own rate."""
+"""Of scratch, times the method's own rate, unless told otherwise."""
 PLAIN_SETTING = "1 x rate, 1 x steps"
 """Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
 STRATEGIES = {"joint": Strategy(joint=Joint(0.5)), "anchor": Strategy(anchor=Anchor(1.0))}
@@ -105,7 +105,7 @@ def scratch_fits(
     for key in keys:
         method, count, target, seed = key
         shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
-        for rate in RATES:
+        for rate in settings["rates"]:
             prompt = lab.fresh(method, seed)
             fits.append(Fit(prompt, shots, test, 3 * steps, steps, prompt.default_learning_rate() * rate, seed))
             names.append((key, rate))
@@ -405,6 +405,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shots", type=int, nargs="+", help="per class (default 16 32; 16 with --minutes)")
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="(default both; soft with --minutes)")
     parser.add_argument("--seeds", type=int, help="(default 6; 2 with --minutes)")
+    parser.add_argument(
+        "--rates",
+        type=float,
+        nargs="+",
+        default=[*RATES],
+        help="of scratch, times the method's own (default 3 1 0.3 0.1)",
+    )
     parser.add_argument("--steps", type=int, help="on the shots (default 40; 30 with --minutes)")
     parser.add_argument("--source-steps", type=int, help="on a source (default 200; 50 with --minutes)")
     parser.add_argument("--test-rows", type=int, help="of a target (default 300; 120 with --minutes)")
@@ -422,6 +429,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"argument --shard: expected I/N with I below N, got {args.shard!r}")
     if args.stage in (None, "merge") and args.json is None:
         parser.error("argument --json is required to merge")
+    if 1 not in args.rates or min(args.rates) <= 0:
+        parser.error(f"argument --rates: expected numbers above 0 with 1, that of the controls, got {args.rates}")
     if unknown := set(args.targets or ()) - {p.name for p in (args.data / LANGUAGES[args.language].folder).glob("*")}:
         parser.error(f"argument --targets: expected domains of the data, got {', '.join(sorted(unknown))}")
     args.shard = int(index), int(count)
@@ -433,7 +442,7 @@ def held_settings(args: argparse.Namespace) -> dict[str, Any]:
     settings: dict[str, Any] = dict(SHORT if args.minutes is not None else FULL)
     settings |= {name: getattr(args, name) for name in settings if getattr(args, name) is not None}
     settings |= {"language": args.language, "targets": args.targets or [*LANGUAGES[args.language].targets]}
-    settings |= {"virtual_tokens": args.virtual_tokens, "rates": [*RATES]}
+    settings |= {"virtual_tokens": args.virtual_tokens, "rates": args.rates}
     settings |= {"source_rates": [*SOURCE_RATES], "model": args.model.name}
     settings |= {"pooled_only": True} if args.pooled_only else {}
     settings |= {"bf16": True} if args.bf16 else {}

@@ -119,7 +119,7 @@ def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.Mo
 def test_a_folder_with_runs_of_other_settings_is_refused(tmp_path: Path) -> None:
     args = argparse.Namespace(
         **dict.fromkeys(experiment.FULL), minutes=None, language="zh", targets=None, virtual_tokens=8,
-        pooled_only=False, bf16=False, model=Path("somewhere/large"), out=tmp_path,
+        pooled_only=False, bf16=False, rates=[3.0, 1.0], model=Path("somewhere/large"), out=tmp_path,
     )  # fmt: skip
     settings = experiment.held_settings(args)
     assert (settings["seeds"], settings["max_length"], settings["model"]) == (6, 128, "large")
@@ -252,3 +252,12 @@ def test_prompts_of_an_encoder_without_words_have_heads_that_learn_at_their_own_
             fit = Fit(prompt, rows, None, 1, 1, prompt.default_learning_rate(), 0)
             config = lab._trainer(fit, str(tmp_path / "x")).config
             assert config.head_learning_rate == pytest.approx(share * HEAD_RATE)
+
+
+def test_scratch_has_the_rate_that_controls_are_compared_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["transfer_fewshot.py", "--language", "en", "--model", "m", "--out", "o", "--stage", "pairs"]
+    monkeypatch.setattr("sys.argv", [*asked, "--rates", "10", "1"])
+    assert experiment.parse_arguments().rates == [10.0, 1.0]
+    monkeypatch.setattr("sys.argv", [*asked, "--rates", "10", "3"])
+    with pytest.raises(SystemExit):
+        experiment.parse_arguments()
