@@ -42,6 +42,7 @@ from ptengine.data import (
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training import PromptSet, Trainer, TrainingConfig, TrainingResult, evaluate
+from ptengine.training.preparation import for_task
 from ptengine.transfer import PromptBank
 from ptengine.transfer.cleaning import Cleaning, clean
 from ptengine.transfer.losses import TransferLoss
@@ -193,8 +194,7 @@ class Lab:
         return clean(self.rows(target, "train"), text_columns=["text"], label_column="label", settings=drawn).rows
 
     def fresh(self, method: str, seed: int) -> Prompt:
-        prompt = self.bare(method, seed)
-        return HeadedPrompt(self.model, prompt, HEADED_TASK.labels, seed=seed) if self.has_head else prompt
+        return for_task(self.model, self.bare(method, seed), self.task, seed)
 
     def bare(self, method: str, seed: int) -> Prompt:
         if method == "soft":

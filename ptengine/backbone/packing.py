@@ -25,7 +25,6 @@ __all__ = [
     "pack_rows",
     "read_back",
     "sources_and_targets",
-    "tokens_before_last_label",
 ]
 
 IGNORE_INDEX = -100
@@ -188,19 +187,6 @@ def read_back(batch: PackedBatch, read: Tensor | None = None) -> tuple[list[int]
         return lengths.tolist(), parts[1].tolist(), 0, 0
     *both, least, most = torch.cat([*parts, torch.stack(batch.input_ids.aminmax())]).tolist()
     return both[: batch.num_rows], both[batch.num_rows :], least, most
-
-
-def tokens_before_last_label(batch: PackedBatch) -> Tensor:
-    """How many tokens of each row stand before its last label, int64 [rows]: what a causal model reads to predict all
-    of the row's labels. 0 for a row without labels."""
-    assert batch.labels is not None
-    lengths = batch.cu_seqlens.diff().long()  # [rows]
-    rows = torch.repeat_interleave(
-        torch.arange(batch.num_rows, device=lengths.device), lengths, output_size=batch.num_tokens
-    )  # [tokens]
-    within = torch.arange(batch.num_tokens, device=lengths.device) - batch.cu_seqlens[:-1].long()[rows]  # [tokens]
-    counted = within.masked_fill(batch.labels == IGNORE_INDEX, 0)  # [tokens]
-    return torch.zeros_like(lengths).scatter_reduce(0, rows, counted, "amax")
 
 
 def cut_rows(batch: PackedBatch, lengths: Tensor, sizes: Sequence[int]) -> PackedBatch:

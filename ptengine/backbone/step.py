@@ -29,7 +29,6 @@ from ptengine.backbone.packing import (
     check_vocabulary,
     cut_rows,
     read_back,
-    tokens_before_last_label,
 )
 from ptengine.backbone.patching import cache_off, no_mask, require_patched
 from ptengine.backbone.placement import places_in_rows, row_order
@@ -165,7 +164,9 @@ def predicting_hidden(
     within = labelled - batch.cu_seqlens[:-1].long()[rows]  # [l]
     # Virtual tokens inside rows may have their places behind the last label, too.
     whole = batch.virtual_at is not None and len(prompts) > 0
-    read = batch.cu_seqlens.diff().long() if whole else tokens_before_last_label(batch)  # [rows]
+    read = batch.cu_seqlens.diff().long()  # [rows], tokens that are read: those before the last label
+    if not whole:
+        read = torch.zeros_like(read).scatter_reduce(0, rows, within, "amax")
     sizes = check_rows(spec, prompts, ids, batch, read)
     text = batch if whole else cut_rows(batch, read, sizes)
     layout = lay_out(spec, prompts, ids, text, sizes)

@@ -56,10 +56,7 @@ def open_prompt(args: argparse.Namespace) -> Session:
     """
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
     from ptengine.commands.recipe import find_prompt, model_fingerprint
-    from ptengine.data.tasks import trains_head
-    from ptengine.prompts import HeadedPrompt, load_prompt
-    from ptengine.training import load_head
-    from ptengine.training.preparation import check_head
+    from ptengine.prompts import HeadedPrompt
 
     folder, recipe = find_prompt(args.prompt)
     device = pick_device(args.device)
@@ -67,9 +64,8 @@ def open_prompt(args: argparse.Namespace) -> Session:
     # A model given now brings its own tokenizer.
     tokenizer_path = args.tokenizer or (None if args.model else recipe.tokenizer)
     tokenizer = load_tokenizer(tokenizer_path, model_path)
-    has_head = trains_head(recipe.task)
     model = load_model(model_path, device, args.dtype or recipe.dtype, recipe.task)
-    prompt = load_prompt(folder, model)
+    prompt = load_with_head(folder, model, recipe.task)
     # A model that is named now is taken as meant; one that changed where it lay is not.
     comparable = args.model is None and args.dtype in (None, recipe.dtype)
     if comparable and model_fingerprint(model, recipe.task) != recipe.fingerprint:
@@ -77,12 +73,9 @@ def open_prompt(args: argparse.Namespace) -> Session:
             f"expected the model that {args.prompt!r} was tuned for in {recipe.model or 'the embedded backbone'}, got "
             "other weights; --model PATH names the model to use"
         )
-    check_head(recipe.task, prompt)
     if isinstance(prompt, HeadedPrompt):
         prompt.install_head(model)
         prompt = prompt.prompt
-    elif has_head:
-        load_head(folder, model)
     return Session(recipe.task, model, tokenizer, prompt)
 
 

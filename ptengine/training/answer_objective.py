@@ -20,7 +20,7 @@ from ptengine.data import EncodedRow, answer_metrics
 from ptengine.data.encoding import AnswerWindow
 from ptengine.prompts.base import Prompt
 from ptengine.training.head_objective import Head, HeadObjective, own_head
-from ptengine.training.objective_base import EvalResult
+from ptengine.training.objective_base import EvalResult, lower
 
 __all__ = ["AnswerObjective"]
 
@@ -56,13 +56,14 @@ class AnswerObjective(HeadObjective):
         batch_size: int,
         check: Callable[[], None] = lambda: None,
     ) -> EvalResult:
+        lowered = lower(prompt)
         total = 0.0
         best: dict[int, tuple[float, str]] = {}  # of each row of the data, over its windows
         references: dict[int, tuple[str, ...]] = {}
         for part in self._batches(rows, batch_size, check):
             batch = self.collate(part)
             assert batch.row_labels is not None
-            logits = self._logits(self._hidden(prompt, batch), own_head(prompt))  # [N, 2]
+            logits = self._logits(self._hidden(lowered, batch), own_head(prompt))  # [N, 2]
             log_probs, _ = _among_rows(logits, batch)
             total -= log_probs.gather(1, batch.row_labels[:, None, :]).sum().item() / 2
             for row, own in zip(part, logits.cpu().split(batch.cu_seqlens.diff().tolist()), strict=True):

@@ -41,7 +41,7 @@ class SequenceObjective(HeadObjective):
 
     def logits(self, prompt: Prompt | None, batch: PackedBatch) -> Tensor:
         """Of the labels, fp32 [B, C]."""
-        return self._logits(self._hidden(prompt, batch), batch, own_head(prompt))
+        return self._logits(self._hidden(lower(prompt), batch), batch, own_head(prompt))
 
     def _logits(self, hidden: Tensor, batch: PackedBatch, head: Head) -> Tensor:
         with self._autocast():
@@ -55,11 +55,12 @@ class SequenceObjective(HeadObjective):
         batch_size: int,
         check: Callable[[], None] = lambda: None,
     ) -> EvalResult:
+        lowered = lower(prompt)
         total = 0.0
         predicted: list[int] = []
         for part in self._batches(rows, batch_size, check):
             batch = self.collate(part)
-            logits = self.logits(prompt, batch)  # [B, C]
+            logits = self._logits(self._hidden(lowered, batch), batch, own_head(prompt))  # [B, C]
             total += F.cross_entropy(logits, _classes(batch), reduction="sum").item()
             predicted += logits.argmax(dim=1).tolist()
         return class_result(total / len(rows), rows, predicted, self._labels)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from torch import Tensor, nn
 
 from ptengine.backbone import encoder_hidden
+from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import PackedBatch
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.headed import HeadedPrompt
@@ -29,14 +30,13 @@ class HeadObjective(BaseObjective):
     """A loss of the last hidden states behind a head. One forward may give those of several prompts' rows."""
 
     def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
-        return self.loss_of(self._hidden(prompt, batch), batch, own_head(prompt), label_smoothing)
+        return self.loss_of(self._hidden(lower(prompt), batch), batch, own_head(prompt), label_smoothing)
 
     def loss_of(self, hidden: Tensor, batch: PackedBatch, head: Head, label_smoothing: float) -> Tensor:
         """Mean loss of the batch, whose last hidden states are `hidden` [N, d]; as `Objective.loss`."""
         raise NotImplementedError
 
-    def _hidden(self, prompt: Prompt | None, batch: PackedBatch) -> Tensor:
+    def _hidden(self, lowered: LoweredPrompt | None, batch: PackedBatch) -> Tensor:
         """Last hidden states [N, d] of the texts."""
-        lowered = lower(prompt)
         with self._autocast():
             return encoder_hidden(self._model, lowered, batch)

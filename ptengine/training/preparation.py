@@ -24,6 +24,7 @@ __all__ = [
     "DataSource",
     "check_checkpointing",
     "check_head",
+    "check_own_head",
     "check_places",
     "check_prompt",
     "encode",
@@ -52,6 +53,17 @@ def check_head(task: Task, prompt: Prompt | None) -> None:
     wanted, got = list(prompt.labels), list(head_labels(task))
     if wanted != got:
         raise InputError(f"expected a task with the labels of the prompt's head, {wanted}, got {got}")
+
+
+def check_own_head(task: Task, prompt: Prompt) -> None:
+    """As `check_head`; also refuse a prompt without a head where the task trains one and the model's own is no part of
+    what is kept or compared."""
+    check_head(task, prompt)
+    if trains_head(task) and not isinstance(prompt, HeadedPrompt):
+        raise InputError(
+            f"expected a HeadedPrompt, a prompt with its head, of a task with a trained head, got "
+            f"{type(prompt).__name__}"
+        )
 
 
 def for_task(model: Any, prompt: Prompt, task: Task, seed: int) -> Prompt:

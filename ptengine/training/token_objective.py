@@ -18,7 +18,7 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import EncodedRow, classification_metrics, entity_metrics
 from ptengine.prompts.base import Prompt
 from ptengine.training.head_objective import Head, HeadObjective, own_head
-from ptengine.training.objective_base import EvalResult
+from ptengine.training.objective_base import EvalResult, lower
 
 __all__ = ["EntityObjective", "TokenObjective"]
 
@@ -48,11 +48,12 @@ class TokenObjective(HeadObjective):
         batch_size: int,
         check: Callable[[], None] = lambda: None,
     ) -> EvalResult:
+        lowered = lower(prompt)
         total = 0.0
         predicted: list[int] = []
         for part in self._batches(rows, batch_size, check):
             batch = self.collate(part)
-            logits, labels = self._labelled(self._hidden(prompt, batch), batch, own_head(prompt))
+            logits, labels = self._labelled(self._hidden(lowered, batch), batch, own_head(prompt))
             total += F.cross_entropy(logits, labels, reduction="sum").item()
             predicted += logits.argmax(dim=1).tolist()
         gold = [[label for label in row.labels if label != IGNORE_INDEX] for row in rows]

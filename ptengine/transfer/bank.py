@@ -30,14 +30,13 @@ from torch import Tensor
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import Task
 from ptengine.data.serialization import task_to_json
-from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError
 from ptengine.files import make_directory, save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
-from ptengine.prompts.headed import HeadedPrompt, without_head
+from ptengine.prompts.headed import without_head
 from ptengine.prompts.io import load_prompt, read_prompt
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
-from ptengine.training.preparation import DataSource, check_head, check_prompt
+from ptengine.training.preparation import DataSource, check_own_head, check_prompt
 from ptengine.transfer.arithmetic import form_of
 from ptengine.transfer.cards import PromptCard, checked_metrics, data_facts
 from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_texts, text_embeddings
@@ -192,12 +191,7 @@ class PromptBank:
             )
         check_prompt(prompt, model)
         task_to_json(task)  # refuses what is no task before anything is written
-        check_head(task, prompt)
-        if trains_head(task) and not isinstance(prompt, HeadedPrompt):
-            raise InputError(
-                f"expected a HeadedPrompt, a prompt with its head, of a task with a trained head, got "
-                f"{type(prompt).__name__}"
-            )
+        check_own_head(task, prompt)
         folded = prompt.fold()
         start = None if initial is None else initial.fold()
         if start is not None and form_of(start) != form_of(folded):

@@ -32,7 +32,7 @@ from ptengine.training import EvalResult
 from ptengine.training.freezing import frozen
 from ptengine.training.objective import make_objective
 from ptengine.training.objective_base import class_result, perplexity
-from ptengine.training.preparation import DataSource, check_head, check_places, check_prompt, encode, room_for_text
+from ptengine.training.preparation import DataSource, check_own_head, check_places, check_prompt, encode, room_for_text
 from ptengine.transfer.word_scores import (
     WordTask,
     bound_words,
@@ -162,7 +162,9 @@ class _Work:
                     yield self._tokens(rows) if self.bound is None else self._labels(rows, self.bound)
 
     def _heads(self, rows: Sequence[EncodedRow]) -> _Part:
-        classes = head_log_probs(self.model, self.spec, self.heads, rows, self.bf16).double().cpu()  # [N, B, C]
+        classes = (
+            head_log_probs(self.model, self.spec, self.prompts, self.heads, rows, self.bf16).double().cpu()
+        )  # [N, B, C]
         gold = torch.tensor([row.class_id for row in rows])  # [B]
         return _Part(classes[:, torch.arange(len(rows)), gold], classes, len(rows))
 
@@ -202,12 +204,7 @@ def _checked(
             raise InputError("expected prompts for an ensemble, got None among them")
         check_prompt(prompt, model)
         check_places(task, prompt)
-        check_head(task, prompt)
-        if isinstance(task, SequenceClassificationTask) and not isinstance(prompt, HeadedPrompt):
-            raise InputError(
-                f"expected a HeadedPrompt, a prompt with its head, of a task with a trained head, got "
-                f"{type(prompt).__name__}"
-            )
+        check_own_head(task, prompt)
     heads = [prompt for prompt in prompts if isinstance(prompt, HeadedPrompt)]
     spec = backbone_spec(model)
     make_objective(task, model, spec, tokenizer, bf16)  # refuses what no task can be scored on

@@ -88,10 +88,13 @@ class TransferLoss:
                 strategy.self_train, taught, model, task, config, weights_sha256(frozen)
             )  # fmt: skip
         self._anchor = None if strategy.anchor is None else _AnchorTerm(strategy.anchor, frozen)
+        head: SequenceObjective | None = None
+        if isinstance(task, SequenceClassificationTask):
+            head = SequenceObjective(model, spec, config.bf16, task)
         self._distill = (
             None
             if strategy.distill is None
-            else _distill_term(strategy.distill, likeness, model, spec, tokenizer, frozen, config.bf16, task)
+            else _DistillTerm(strategy.distill, likeness, model, spec, frozen, config.bf16, head)
         )
 
     def identity(self) -> dict[str, Any]:
@@ -200,32 +203,26 @@ class _AnchorTerm:
         return torch.stack(moved).sum() * (self._settings.weight / self._square)
 
 
-def _distill_term(
-    settings: Distill,
-    likeness: float,
-    model: Any,
-    spec: BackboneSpec,
-    tokenizer: Any,
-    start: Prompt,
-    bf16: bool,
-    task: Task | None,
-) -> _DistillTerm | _HeadDistillTerm:
-    if not isinstance(task, SequenceClassificationTask):
-        return _DistillTerm(settings, likeness, model, spec, start, bf16)
-    objective = make_objective(task, model, spec, tokenizer, bf16)
-    assert isinstance(objective, SequenceObjective)
-    return _HeadDistillTerm(settings, likeness, objective, spec, start)
-
-
-class _HeadDistillTerm:
-    """Distillation where a head says the label: the logits are those of the classes."""
-
+class _DistillTerm:
     def __init__(
-        self, settings: Distill, likeness: float, objective: SequenceObjective, spec: BackboneSpec, start: Prompt
+        self,
+        settings: Distill,
+        likeness: float,
+        model: Any,
+        spec: BackboneSpec,
+        start: Prompt,
+        bf16: bool,
+        head: SequenceObjective | None,
     ) -> None:
+        if spec.lm_head is None and head is None:
+            raise InputError(f"expected a model with a language-modelling head to distil, got {type(model).__name__}")
         self._settings = settings
         self._weight = settings.weight * likeness
-        self._objective = objective
+        self._model = model
+        self._spec = spec
+        self._bf16 = bf16
+        self._head = head
+        # A teacher answers without the noise of its training.
         self._teacher = start.to(spec.word_embeddings.weight.device).eval()
         self._sha256 = weights_sha256(start)
 
@@ -233,42 +230,18 @@ class _HeadDistillTerm:
         return {**asdict(self._settings), "teacher": self._sha256, "lambda": self._weight}
 
     def loss(self, prompt: Prompt, batch: PackedBatch, label_smoothing: float) -> Tensor:
-        logits = self._objective.logits(prompt, batch)  # [B, C]
-        with torch.no_grad():
-            wanted = self._objective.logits(self._teacher, batch)  # [B, C]
-        assert batch.row_labels is not None
-        task = F.cross_entropy(logits, batch.row_labels, label_smoothing=label_smoothing)
-        return task + self._weight * F.mse_loss(logits, wanted)
-
-
-class _DistillTerm:
-    def __init__(
-        self, settings: Distill, likeness: float, model: Any, spec: BackboneSpec, start: Prompt, bf16: bool
-    ) -> None:
-        if spec.lm_head is None:
-            raise InputError(f"expected a model with a language-modelling head to distil, got {type(model).__name__}")
-        self._settings = settings
-        self._weight = settings.weight * likeness
-        self._model = model
-        self._spec = spec
-        self._bf16 = bf16
-        device = spec.word_embeddings.weight.device
-        with torch.no_grad():
-            self._teacher = start.to(device).eval().lower()  # a teacher answers without the noise of its training
-        self._sha256 = weights_sha256(start)
-
-    def identity(self) -> dict[str, Any]:
-        return {**asdict(self._settings), "teacher": self._sha256, "lambda": self._weight}
-
-    def loss(self, prompt: Prompt, batch: PackedBatch, label_smoothing: float) -> Tensor:
         """Cross-entropy and distillation of one micro-batch from one forward of each prompt."""
-        logits, labels = self._logits(prompt.lower(), batch)  # [n, V], [n]
+        logits, labels = self._logits(prompt, batch)  # [n, V], or [B, C] of a head, and [n]
         with torch.no_grad():
             wanted, _ = self._logits(self._teacher, batch)  # [n, V]
         task = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
         return task + self._weight * F.mse_loss(logits, wanted)
 
-    def _logits(self, lowered: LoweredPrompt, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    def _logits(self, prompt: Prompt, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        if self._head is not None:
+            assert batch.row_labels is not None
+            return self._head.logits(prompt, batch), batch.row_labels
+        lowered = prompt.lower()
         device = self._spec.word_embeddings.weight.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16):
             if self._spec.kind == "encoder":

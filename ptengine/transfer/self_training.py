@@ -137,12 +137,12 @@ def teach(
         """log p of the labels, [B, C]."""
         if bound is None:
             assert isinstance(teacher, HeadedPrompt)  # as every prompt of a bank for a task with a head
-            return head_log_probs(model, spec, [teacher], part, config.bf16)[0]
+            return head_log_probs(model, spec, lowered, [teacher], part, config.bf16)[0]
         assert isinstance(task, WordTask)
-        lowered = [teacher.fold().lower()]
         return class_log_probs(word_log_probs(model, spec, lowered, task, bound, part, config.bf16)[0], bound)
 
     with frozen(model), torch.no_grad():
+        lowered = [teacher.fold().lower()]
         log_p = torch.cat([said_of(part) for part in row_batches(asked, size)]).double().cpu()  # [n, C]
     sure = (log_p.max(dim=1).values.exp() >= settings.threshold).nonzero()[:, 0].tolist()
     if not sure:

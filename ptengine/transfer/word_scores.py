@@ -134,13 +134,19 @@ def class_log_probs(words: Tensor, bound: BoundVerbalizer) -> Tensor:
 
 @torch.no_grad()
 def head_log_probs(
-    model: Any, spec: BackboneSpec, prompts: Sequence[HeadedPrompt], rows: Sequence[EncodedRow], bf16: bool
+    model: Any,
+    spec: BackboneSpec,
+    prompts: Sequence[LoweredPrompt],
+    heads: Sequence[HeadedPrompt],
+    rows: Sequence[EncodedRow],
+    bf16: bool,
 ) -> Tensor:
     """log p(label | text) of every prompt's own head: fp32 [N, B, C].
 
     Args:
         model, spec: a patched, frozen encoder with a head for classes.
-        prompts: N whose inner prompts are of one kind.
+        prompts: N of one kind.
+        heads: whose heads they are read with.
         rows: B rows; their labels are not read.
         bf16: run the model under bfloat16 autocast.
     """
@@ -148,11 +154,10 @@ def head_log_probs(
     device = spec.word_embeddings.weight.device
     alone = collate(rows).to(device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        lowered = [prompt.fold().lower() for prompt in prompts]
-        hidden = encoder_hidden(model, lowered, batch.to(device), prompt_ids=ids)  # [N * n, d]
+        hidden = encoder_hidden(model, prompts, batch.to(device), prompt_ids=ids)  # [N * n, d]
         logits = [
             sequence_head(model, own, alone, prompt.head_weights())  # [B, C]
-            for own, prompt in zip(hidden.split(alone.num_tokens), prompts, strict=True)
+            for own, prompt in zip(hidden.split(alone.num_tokens), heads, strict=True)
         ]
     return torch.stack(logits).float().log_softmax(dim=-1)  # [N, B, C]
 
