@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import torch
 
+from ptengine.kernels import onednn
 from ptengine.kernels.linear_cross_entropy.products import add_product, narrower_dtype, precision, product
 
 # Elements of a tile of logits: 32 MiB of fp32.
@@ -84,14 +85,18 @@ def _tile_of_rows(
     # Gradient of logit_sum: the same row for all rows, unless the softcap's slope differs from one to the next.
     uniform = hidden.new_zeros(1 if softcap is None else n, d, dtype=dtype) if label_smoothing > 0.0 else None
     label_slope = torch.ones_like(maximum)
-    buffer = torch.empty(n, min(columns, vocabulary), dtype=dtype, device=hidden.device)
+    by_onednn = onednn.takes(hidden, weight)  # which gives every tile memory of its own
+    buffer = torch.empty(0 if by_onednn else n, min(columns, vocabulary), dtype=dtype, device=hidden.device)
 
     for start in range(0, vocabulary, columns):
         head = weight[start : start + columns].to(operand)  # [c, d]
         width = head.shape[0]
-        # The last, narrower tile gets the buffer's memory as a contiguous [r, c].
-        logits = buffer.view(-1)[: n * width].view(n, width)
-        product(hidden, head.t(), logits)  # [r, d] @ [d, c] -> [r, c]
+        if by_onednn:
+            logits = onednn.linear(hidden, head)  # [r, c]
+        else:
+            # The last, narrower tile gets the buffer's memory as a contiguous [r, c].
+            logits = buffer.view(-1)[: n * width].view(n, width)
+            product(hidden, head.t(), logits)  # [r, d] @ [d, c] -> [r, c]
         if bias is not None:
             logits.add_(bias[start : start + columns])
         local = (labels - start).unsqueeze(1)  # [r, 1]
@@ -120,7 +125,12 @@ def _tile_of_rows(
         if gradient is not None:
             if start > 0:
                 gradient.mul_(rescale)
-            add_product(weights if slope is None else weights.mul_(slope), head, gradient)  # [r, c] @ [c, d]
+            weights = weights if slope is None else weights.mul_(slope)
+            if by_onednn:
+                gradient.add_(onednn.linear(weights, head.t()))  # [r, c] @ [c, d]
+            else:
+                add_product(weights, head, gradient)
+        del logits, weights  # or oneDNN's next tile would be made beside this one
 
     lse = maximum + total.log()  # [r, 1]
     loss = (1.0 - label_smoothing) * (lse - picked) + z_loss * lse.square()

@@ -1,5 +1,6 @@
 """Runs the layers of a frozen Llama-like model on fused kernels: gated MLP and rotary embedding on ours, norms on
-PyTorch's own, whose calls cost the host less.
+PyTorch's own, whose calls cost the host less. On a CPU, any model's products run on the library that
+`frozen_products` chooses.
 
 The stock modules compose them of some forty small operations a layer, which on a GPU cost as much time as half of the
 matrix products and more of the host's than everything else together. Their results are the same up to rounding. The
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext, packed_attention
+from ptengine.backbone.frozen_products import fuse_products, is_fused
 from ptengine.kernels.dispatch import resolve_backend
 from ptengine.kernels.gated_activation import gated_activation
 from ptengine.kernels.rotary import rotary_embedding
@@ -54,7 +56,7 @@ def fuse_layers(model: nn.Module) -> list[Restored]:
         if forward is not None and "forward" not in vars(module):
             module.forward = MethodType(forward, module)  # a bound method, so that a deep copy binds its own
             restored.append(Restored(module))
-    return restored
+    return restored + [Restored(module) for module in fuse_products(model)]
 
 
 def _chosen(x: Tensor, *modules: Any) -> bool:
@@ -127,7 +129,7 @@ def _project(x: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
 
 def _hooked(layer: nn.Module) -> bool:
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return "forward" in vars(layer) or any(hooks)
+    return ("forward" in vars(layer) and not is_fused(layer)) or any(hooks)
 
 
 class _Projections(torch.autograd.Function):

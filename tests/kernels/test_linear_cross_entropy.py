@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ptengine.kernels import onednn
 from ptengine.kernels.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_reference,
@@ -122,9 +123,35 @@ def test_any_shape_equals_reference(
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-11)
 
 
+@pytest.mark.skipif(onednn.missing() is not None, reason=f"no oneDNN: {onednn.missing()}")
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_by_onednn(
+    options: dict[str, Any], with_bias: bool, small_tiles: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every tile is one that oneDNN multiplies twice; the bounds of the next test."""
+    monkeypatch.setattr(onednn, "LEAST_WEIGHT", 1)
+    tiles, original = [], onednn.linear
+    monkeypatch.setattr(onednn, "linear", lambda *args: tiles.append(args[0].shape) or original(*args))
+    hidden, weight, labels, bias = inputs(11, 6, 23, torch.float32)
+    bias = bias if with_bias else None
+    exact, plain = (
+        loss_and_gradient(
+            linear_cross_entropy_reference, hidden.to(dtype), weight.to(dtype), labels, reduction="none", **options,
+            bias=None if bias is None else bias.to(dtype),
+        )
+        for dtype in (torch.float64, torch.float32)
+    )  # fmt: skip
+    got = loss_and_gradient(linear_cross_entropy, hidden, weight, labels, reduction="none", bias=bias, **options)
+    assert len(tiles) == 3 * 5 * 2  # 3 of rows, 5 of words
+    for truth, theirs, ours, factor in zip(exact, plain, got, (1.5, 3.0), strict=True):
+        floor = truth.abs().max() * torch.finfo(ours.dtype).eps
+        assert (ours - truth).abs().max() <= factor * (theirs - truth).abs().max() + floor
+
+
 @pytest.mark.parametrize("operands", ["as shipped", "half"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "d", "vocabulary"), [(7, 64, 5003), (96, 128, 20011)])
+@pytest.mark.parametrize(("n", "d", "vocabulary"), [(7, 64, 5003), (96, 128, 20011), (24, 1024, 9001)])
 def test_error_is_at_most_that_of_plain_pytorch(
     dtype: torch.dtype, operands: str, n: int, d: int, vocabulary: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,17 +268,24 @@ class LargestAllocation(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         allocates = all(returned.alias_info is None for returned in func._schema.returns)
-        if isinstance(result, torch.Tensor) and func.namespace == "aten" and allocates:
+        if isinstance(result, torch.Tensor) and func.namespace in ("aten", "mkldnn") and allocates:
             self.bytes = max(self.bytes, result.untyped_storage().nbytes())
         return result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "least_weight"), [(torch.float32, 2**60), (torch.float32, 1), (torch.bfloat16, 1)], ids=str
+)
 @pytest.mark.parametrize(("softcap", "smoothing"), [(None, 0.0), (2.0, 0.1)])
 def test_workspace_is_one_tile(
-    dtype: torch.dtype, softcap: float | None, smoothing: float, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    least_weight: int,
+    softcap: float | None,
+    smoothing: float,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """No tensor inside the operator is larger than a tile, though n x V is 40 times as much."""
+    """No tensor inside the operator is larger than a tile, though n x V is 40 times as much; by oneDNN and without."""
+    monkeypatch.setattr(onednn, "LEAST_WEIGHT", least_weight)
     monkeypatch.setattr(torch_path, "TILE_ELEMENTS", 2**14)
     monkeypatch.setattr(torch_path, "FEW_ROWS_TILE_COLUMNS", 64)
     hidden, weight, labels, _ = inputs(200, 8, 3301, dtype)

@@ -1,0 +1,87 @@
+"""Runs a frozen model's large linear layers through `ptengine.kernels.onednn` where that is the faster library.
+
+The replacement is each module's own `forward`, and asks at every call: on another device, in another dtype, under
+autocast or torch.compile, and with a weight that is trained, the stock one runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ptengine.kernels import onednn
+
+__all__ = ["fuse_products", "is_fused"]
+
+
+def fuse_products(model: nn.Module) -> list[nn.Module]:
+    """Replace the forward of every large plain linear layer, GPT-2's transposed kind too; returns those modules.
+
+    A module whose forward somebody else has replaced (hooks that move weights do) is left alone.
+    """
+    replaced: list[nn.Module] = []
+    for module in model.modules():
+        forward = _FORWARDS.get(type(module))
+        if forward is None or "forward" in vars(module):
+            continue
+        weight: Any = module.weight
+        if weight.numel() >= onednn.LEAST_WEIGHT:
+            module.forward = MethodType(forward, module)  # a bound method, so that a deep copy binds its own
+            replaced.append(module)
+    return replaced
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether the module's own forward is one of this file."""
+    return getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS.values()
+
+
+def _linear(self: Any, x: Tensor) -> Tensor:
+    """nn.Linear: weight [out, d]."""
+    if not _taken(x, self.weight, self.bias):
+        return nn.Linear.forward(self, x)
+    return _product(x, self.weight, self.bias)
+
+
+def _conv1d(self: Any, x: Tensor) -> Tensor:
+    """Conv1D: weight [d, out]."""
+    if not _taken(x, self.weight.t(), self.bias):
+        out: Tensor = Conv1D.forward(self, x)
+        return out
+    return _product(x, self.weight.t(), self.bias)
+
+
+def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        return False
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    return not trained and onednn.takes(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _Product.apply(x, weight, bias)
+        return out
+    return onednn.linear(x, weight, bias)
+
+
+class _Product(torch.autograd.Function):
+    """x [..., d], weight [out, d] and bias [out] or None to [..., out]; x alone has a gradient, and that another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return onednn.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.t(), None), None, None  # [..., out] @ [out, d]
+
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {nn.Linear: _linear, Conv1D: _conv1d}
