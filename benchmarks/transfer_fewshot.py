@@ -17,6 +17,7 @@ constant rates:
     plain         from every other domain's prompt, tuned on the shots; `plain` is from the selected one, `oracle` the
                   best of them on the test rows: what selection could have gained
     joint         from the selected one, with 0.5 * source loss + 0.5 * target loss: "anchored" in the summary
+    joint_all     the same with the rows of all other domains, as `ptengine transfer` takes those of all sources
     anchor        from the selected one, with a penalty on the distance from the start
     shuffled      plain, from the control prompt of the selected source
     pooled        plain, from one prompt tuned on all other domains' rows together; with `_source_only`, `_joint`,
@@ -28,8 +29,8 @@ domains. Only scratch's configuration and the oracle are picked on test rows. In
 
 One file a pair lies in --out, so a run that was cut off goes on, and `--shard I/N` of N processes share the folder:
 first `--stage sources` (at most N = 2 per method and bank is of use), when all are done `--stage pairs`, then
-`--stage pooled`, `--stage controls` (N = 2) and `--stage merge`; without --stage all follow one another. With
-`--minutes` a smaller experiment stops in time.
+`--stage joint`, `--stage pooled`, `--stage controls` (N = 2) and `--stage merge`; without --stage all follow one
+another. With `--minutes` a smaller experiment stops in time.
 """
 
 from __future__ import annotations
@@ -50,23 +51,18 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from train_step import SHARED, environment
 from transfer_lab import KINDS, LANGUAGES, METHODS, POOLED_KINDS, SOURCE_RATES, Fit, Lab
+from transfer_summary import JOINT_ALL, POOLED, POOLED_CONTROLS, SCORES, show, summary
 
 from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingResult
-from ptengine.transfer import Anchor, Guard, Joint, Strategy, transfer, transfer_measures
+from ptengine.transfer import Anchor, Guard, Joint, Strategy, transfer
 from ptengine.transfer.arithmetic import start_from
 from ptengine.transfer.losses import TransferLoss
-from ptengine.transfer.measures import paired_interval
 
 RATES = (3.0, 1.0, 0.3, 0.1)
 """Of scratch, times the method's own rate, unless told otherwise."""
-PLAIN_SETTING = "1 x rate, 1 x steps"
-"""Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
 STRATEGIES = {"joint": Strategy(joint=Joint(0.5)), "anchor": Strategy(anchor=Anchor(1.0))}
-SCORES = ("source_only", "plain", *STRATEGIES, "shuffled", "oracle")
-POOLED = ("pooled_source_only", "pooled")
-POOLED_CONTROLS = (*(f"pooled_{name}" for name in STRATEGIES), "pooled_shuffled")
 SHORT = {"shots": [16], "methods": ["soft"], "seeds": 2, "steps": 30, "source_steps": 50, "test_rows": 120,
          "guard_seeds": 1, "max_length": 64}  # fmt: skip
 FULL = {"shots": [16, 32], "methods": ["soft", "deep"], "seeds": 6, "steps": 40, "source_steps": 200, "test_rows": 300,
@@ -157,19 +153,33 @@ def run_pairs(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: P
 
 def strategies(lab: Lab, key: Key, start: Prompt, rows: Any, settings: Mapping[str, Any]) -> dict[str, float]:
     """Test accuracy of the source prompt `start`, which was tuned on `rows`, untouched and of each strategy from it."""
-    _, count, target, seed = key
-    shots, test = lab.shots(target, count, seed), lab.encode(target, "test")
-    scores = {"source_only": lab.accuracy(start, test)}
+    scores = {"source_only": lab.accuracy(start, lab.encode(key[2], "test", settings["test_rows"]))}
     for name, strategy in STRATEGIES.items():
-        prompt = start_from(lab.model, start)
-        loss = TransferLoss(
-            strategy, model=lab.model, tokenizer=lab.tokenizer, start=start, config=lab.config("unused", seed),
-            source_task=lab.task, source_data=rows,
-        )  # fmt: skip
-        steps = settings["steps"]
-        lab.fit(Fit(prompt, shots, None, steps, steps, prompt.default_learning_rate(), seed), loss)
-        scores[name] = lab.accuracy(prompt, test)
+        scores[name] = anchored(lab, strategy, key, start, rows, settings)
     return scores
+
+
+def anchored(lab: Lab, strategy: Strategy, key: Key, start: Prompt, rows: Any, settings: Mapping[str, Any]) -> float:
+    """Test accuracy of what `strategy` makes of `start` with the source's `rows`."""
+    _, count, target, seed = key
+    steps, prompt = settings["steps"], start_from(lab.model, start)
+    loss = TransferLoss(
+        strategy, model=lab.model, tokenizer=lab.tokenizer, start=start, config=lab.config("unused", seed),
+        source_task=lab.task, source_data=rows,
+    )  # fmt: skip
+    shots = lab.shots(target, count, seed)
+    lab.fit(Fit(prompt, shots, None, steps, steps, prompt.default_learning_rate(), seed), loss)
+    return lab.accuracy(prompt, lab.encode(target, "test", settings["test_rows"]))
+
+
+def run_joint_all(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
+    """Add to every pair of `method` the joint loss with the rows of all other domains."""
+    rows = {target: lab.other_rows(target) for target in settings["targets"]}
+    for found in lacking([JOINT_ALL], method, settings, out, deadline):
+        for key, of in found.items():
+            start = lab.source(method, "sources", of["selected"])
+            score = anchored(lab, STRATEGIES["joint"], key, start, rows[key[2]], settings)
+            add_scores(out, key, of, {JOINT_ALL: score})
 
 
 def run_pooled(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
@@ -189,11 +199,10 @@ def run_controls(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, 
     """Add to every pair of `method` the anchored runs of the prompt of all other domains, and its control."""
     for kind in POOLED_KINDS:
         lab.make_sources(method, kind)
-    rows = {target: lab.encoding(lab.lesson("pooled", target)[0], target) for target in settings["targets"]}
+    rows = {target: lab.other_rows(target) for target in settings["targets"]}
     for found in lacking(POOLED_CONTROLS, method, settings, out, deadline):
         control = tuned_from(lab, "pooled-shuffled", list(found), settings)
         for key, of in found.items():
-            lab.encode(key[2], "test", settings["test_rows"])
             scores = strategies(lab, key, lab.source(method, "pooled", key[2]), rows[key[2]], settings)
             anchored = {f"pooled_{name}": scores[name] for name in STRATEGIES}
             add_scores(out, key, of, anchored | {"pooled_shuffled": control[key]})
@@ -251,83 +260,6 @@ def guard_jobs(lab: Lab, settings: Mapping[str, Any], out: Path) -> Iterator[tup
                     yield out / "guard" / f"{method}-{target}-{source}-{seed}.json", (method, target, source, seed)
 
 
-def gain(new: Any, old: Any, axis: int = -1) -> Any:
-    return (new - old).mean(axis)
-
-
-def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """By method and shots, and over all: accuracies, measures against scratch, and the issue's comparisons."""
-    groups: dict[str, list[str]] = {}
-    for name in pairs:
-        groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
-    found: dict[str, Any] = {}
-    scored = [name for name in (*SCORES, *POOLED, *POOLED_CONTROLS) if all(name in pair for pair in pairs.values())]
-    columns: dict[str, list[float]] = {name: [] for name in ("scratch", "scratch_of_one_setting", *scored)}
-    for group, names in sorted(groups.items()):
-        configurations = pairs[names[0]]["scratch"]
-        mean = {of: statistics.mean(pairs[name]["scratch"][of] for name in names) for of in configurations}
-        best = max(mean, key=mean.__getitem__)
-        scores = {of: [pairs[name][of] for name in names] for of in scored}
-        scores["scratch"] = [pairs[name]["scratch"][best] for name in names]
-        scores["scratch_of_one_setting"] = [pairs[name]["scratch"][PLAIN_SETTING] for name in names]
-        found[group] = {"scratch_configuration": best, **compared(scores)}
-        for of, values in scores.items():
-            columns[of] += values
-    if columns["scratch"]:
-        found["all"] = compared(columns)
-    if guards:
-        lost = [of["scratch"] - of["kept"] for of in guards.values()]
-        found["guard_on_unrelated_pairs"] = {
-            "pairs": len(lost),
-            "within_1_point_of_scratch": statistics.mean(value <= 0.01 + 1e-9 for value in lost),
-            "kept": {
-                name: sum(of["chosen"] == name for of in guards.values())
-                for name in ("scratch", "source", "transferred")
-            },
-            "accuracy": {
-                name: statistics.mean(of[name] for of in guards.values())
-                for name in ("scratch", "kept", "transferred")
-            },
-        }  # fmt: skip
-    return found
-
-
-def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    scratch = scores["scratch"]
-    found: dict[str, Any] = {
-        "pairs": len(scratch),
-        "accuracy": {name: statistics.mean(values) for name, values in scores.items()},
-        "measures": {},
-        "anchored_over_plain": {},
-        "anchored_over_better_of_source_only_and_scratch": {},
-    }
-    for start, plain in (("", "plain"), ("pooled_", "pooled")):
-        if plain not in scores:
-            continue
-        control = scores.get(f"{start}shuffled", scores.get("shuffled"))
-        for name in (f"{start}source_only", plain, *(f"{start}{name}" for name in STRATEGIES)):
-            if name in scores:
-                measures = transfer_measures(scratch, scores[name], shuffled=control)
-                found["measures"][name] = {of: value.to_json() for of, value in measures.items()}
-        better = [max(pair) for pair in zip(scores[f"{start}source_only"], scratch, strict=True)]
-        for name in (f"{start}{name}" for name in STRATEGIES):
-            if name in scores:
-                for of, other in (("plain", scores[plain]), ("better_of_source_only_and_scratch", better)):
-                    found[f"anchored_over_{of}"][name] = paired_interval([scores[name], other], gain).to_json()
-    found["shuffled_over_scratch_of_its_setting"] = {
-        name: paired_interval([scores[name], scores["scratch_of_one_setting"]], gain).to_json()
-        for name in ("shuffled", "pooled_shuffled")
-        if name in scores
-    }
-    if "oracle" in scores:
-        oracle_gain, chosen_gain = (
-            statistics.mean(scores[name]) - statistics.mean(scratch) for name in ("oracle", "plain")
-        )
-        found["better_of_means"] = max(statistics.mean(scores["source_only"]), statistics.mean(scratch))
-        found["selection_share_of_oracle_gain"] = chosen_gain / oracle_gain if oracle_gain > 0 else None
-    return found
-
-
 def bags_of_words(lab: Lab, settings: Mapping[str, Any]) -> dict[str, float]:
     """Mean test accuracy of naive Bayes on counts of n-grams: from the shots, and from all other domains' rows."""
     unit = {"analyzer": "char"} if settings["language"] == "zh" else {}
@@ -366,21 +298,6 @@ def merge(
     return found
 
 
-def show(found: Mapping[str, Any]) -> None:
-    for group, of in found.items():
-        if group == "guard_on_unrelated_pairs":
-            print(f"\n{group}: {json.dumps(of)}")
-            continue
-        print(f"\n{group}: {of['pairs']} pairs, scratch: {of.get('scratch_configuration', 'of each group')}")
-        print("  " + ", ".join(f"{name} {100 * value:.2f}" for name, value in of["accuracy"].items()))
-        for name, measures in of["measures"].items():
-            told = [f"{m} {100 * v['value']:+.2f} [{100 * (v['low'] or 0):+.2f}, {100 * (v['high'] or 0):+.2f}]"
-                    for m, v in measures.items() if m in ("absolute_gain", "shuffled_gain", "wins")]  # fmt: skip
-            print(f"  {name}: " + ", ".join(told))
-        if "selection_share_of_oracle_gain" in of:
-            print(f"  selection's share of the oracle's gain: {of['selection_share_of_oracle_gain']}")
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--language", choices=tuple(LANGUAGES), required=True)
@@ -398,7 +315,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="of N processes, the I-th from 0")
     parser.add_argument(
         "--stage",
-        choices=("sources", "pairs", "pooled", "controls", "merge"),
+        choices=("sources", "pairs", "joint", "pooled", "controls", "merge"),
         help="controls: of the pooled prompts (default all, one after another)",
     )
     parser.add_argument("--minutes", type=float, help="stop in time; also a smaller experiment unless set otherwise")
@@ -483,6 +400,9 @@ def main() -> None:
         if index == 0 and not args.pooled_only:
             told = {f"{m}-{k}": lab.source_accuracies(m, k) for m in settings["methods"] for k in KINDS}
             write_json_atomic(args.out / "sources.json", told)
+    if args.stage in (None, "joint") and not args.pooled_only:
+        for method in settings["methods"][index::count]:
+            run_joint_all(lab, method, settings, args.out, deadline)
     if args.stage in (None, "pooled"):
         for method in settings["methods"][index::count]:
             run_pooled(lab, method, settings, args.out, deadline)

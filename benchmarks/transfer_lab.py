@@ -254,6 +254,10 @@ class Lab:
     def other_domains(self, target: str) -> list[str]:
         return [domain for domain in self.domains() if domain != target]
 
+    def other_rows(self, target: str) -> EncodedSplit:
+        """The training rows of all domains but the target's."""
+        return self.encoding(self.lesson("pooled", target)[0], target)
+
     def lesson(self, kind: str, name: str) -> tuple[Rows, EncodedSplit]:
         """What a banked prompt is tuned on, and the rows that choose its best step."""
         if kind in POOLED_KINDS:

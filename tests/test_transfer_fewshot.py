@@ -13,6 +13,7 @@ import train_transfer_backbone as backbones
 import transfer_across_models as across
 import transfer_corpus as corpus
 import transfer_fewshot as experiment
+import transfer_summary
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transfer_lab import HEAD_RATE, LANGUAGES, Fit, Lab
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
@@ -20,7 +21,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from ptengine import HeadedPrompt
 from ptengine.transfer.arithmetic import start_from
 
-ONE = experiment.PLAIN_SETTING
+ONE = transfer_summary.PLAIN_SETTING
 
 
 def pair(scratch: dict[str, float], plain: float, source_only: float = 0.4, oracle: float = 0.8) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
         "two": {"chosen": "transferred", "kept": 0.6, "scratch": 0.62, "transferred": 0.6},
         "three": {"chosen": "transferred", "kept": 0.61, "scratch": 0.62, "transferred": 0.61},
     }
-    found = experiment.summary(pairs, guards)
+    found = transfer_summary.summary(pairs, guards)
     group = found["soft-16"]
     assert (group["pairs"], group["scratch_configuration"]) == (2, "b")
     assert group["accuracy"]["scratch"] == pytest.approx(0.61)
@@ -51,6 +52,7 @@ def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
     assert plain["shuffled_gain"]["value"] == pytest.approx(-0.01)
     assert group["anchored_over_plain"]["anchor"]["value"] == pytest.approx(-0.16)
     assert group["anchored_over_better_of_source_only_and_scratch"]["joint"]["value"] == pytest.approx(0.0)
+    assert group["anchored_within_1_point_of_that"] == {"joint": 1.0, "anchor": 0.0}
     assert group["selection_share_of_oracle_gain"] == pytest.approx(0.05 / 0.19)
     assert found["all"]["pairs"] == 2
     assert found["guard_on_unrelated_pairs"]["within_1_point_of_scratch"] == pytest.approx(2 / 3)
@@ -61,9 +63,9 @@ def test_pooled_prompts_count_once_every_pair_has_them() -> None:
     pairs = {f"soft-16-music-{seed}": pair({ONE: 0.5}, 0.7) for seed in range(2)}
     pooled = {"pooled": 0.6, "pooled_source_only": 0.4, "pooled_joint": 0.65, "pooled_anchor": 0.6}
     pairs["soft-16-music-0"] |= pooled
-    assert "pooled" not in experiment.summary(pairs, {})["all"]["measures"]
+    assert "pooled" not in transfer_summary.summary(pairs, {})["all"]["measures"]
     pairs["soft-16-music-1"] |= pooled | {"pooled": 0.8, "pooled_source_only": 0.8}
-    found = experiment.summary(pairs, {})["all"]
+    found = transfer_summary.summary(pairs, {})["all"]
     assert found["measures"]["pooled"]["absolute_gain"]["value"] == pytest.approx(0.2)
     assert found["measures"]["pooled_source_only"]["absolute_gain"]["value"] == pytest.approx(0.1)
     assert found["anchored_over_plain"]["pooled_joint"]["value"] == pytest.approx(-0.05)
@@ -73,9 +75,19 @@ def test_pooled_prompts_count_once_every_pair_has_them() -> None:
     assert set(found["shuffled_over_scratch_of_its_setting"]) == {"shuffled"}
     for of in pairs.values():
         of["pooled_shuffled"] = 0.45
-    found = experiment.summary(pairs, {})["all"]
+    found = transfer_summary.summary(pairs, {})["all"]
     assert found["measures"]["pooled"]["shuffled_gain"]["value"] == pytest.approx(-0.05)
     assert found["measures"]["plain"]["shuffled_gain"]["value"] == pytest.approx(0.1)
+
+
+def test_the_joint_loss_of_all_domains_is_compared_once_every_pair_has_it() -> None:
+    pairs = {f"soft-16-music-{seed}": pair({ONE: 0.5}, 0.7) for seed in range(2)}
+    pairs["soft-16-music-0"]["joint_all"] = 0.75
+    assert "joint_all" not in transfer_summary.summary(pairs, {})["all"]["measures"]
+    pairs["soft-16-music-1"]["joint_all"] = 0.73
+    found = transfer_summary.summary(pairs, {})["all"]
+    assert found["anchored_over_plain"]["joint_all"]["value"] == pytest.approx(0.04)
+    assert found["measures"]["joint_all"]["absolute_gain"]["value"] == pytest.approx(0.24)
 
 
 def test_a_run_without_single_sources_is_summed_up_by_what_it_has() -> None:
@@ -85,17 +97,17 @@ def test_a_run_without_single_sources_is_summed_up_by_what_it_has() -> None:
         }
         for seed in range(2)
     }  # fmt: skip
-    found = experiment.summary(pairs, {})["all"]
+    found = transfer_summary.summary(pairs, {})["all"]
     assert found["measures"]["pooled"]["absolute_gain"]["value"] == pytest.approx(0.1)
     assert found["measures"]["pooled"]["shuffled_gain"]["value"] == pytest.approx(0.0)
     assert "selection_share_of_oracle_gain" not in found
-    experiment.show({"all": found})
+    transfer_summary.show({"all": found})
 
 
 def test_controls_are_also_compared_with_scratch_of_their_own_setting() -> None:
     """Scratch with the best of twelve settings beats a control of one setting even where the source taught nothing."""
     pairs = {f"soft-16-music-{seed}": pair({ONE: 0.6, "b": 0.7}, 0.7) for seed in range(2)}
-    found = experiment.summary(pairs, {})["all"]
+    found = transfer_summary.summary(pairs, {})["all"]
     assert found["measures"]["plain"]["shuffled_gain"]["value"] == pytest.approx(-0.1)
     assert found["shuffled_over_scratch_of_its_setting"]["shuffled"]["value"] == pytest.approx(0.0)
 

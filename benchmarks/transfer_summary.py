@@ -1,0 +1,122 @@
+"""What the few-shot transfer experiment says of its pairs: means, paired intervals, and what the issue compares.
+
+A pair is what one target, seed, method and number of shots scored, by name; see transfer_fewshot.py. Knows scores in
+[0, 1] and no models.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ptengine.transfer import transfer_measures
+from ptengine.transfer.measures import paired_interval
+
+PLAIN_SETTING = "1 x rate, 1 x steps"
+"""Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
+ANCHORED = ("joint", "anchor")
+JOINT_ALL = "joint_all"
+SCORES = ("source_only", "plain", *ANCHORED, "shuffled", "oracle")
+POOLED = ("pooled_source_only", "pooled")
+POOLED_CONTROLS = (*(f"pooled_{name}" for name in ANCHORED), "pooled_shuffled")
+_POINT = 0.01 + 1e-9
+
+
+def gain(new: Any, old: Any, axis: int = -1) -> Any:
+    return (new - old).mean(axis)
+
+
+def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """By method and shots, and over all: accuracies, measures against scratch, and the issue's comparisons."""
+    groups: dict[str, list[str]] = {}
+    for name in pairs:
+        groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
+    found: dict[str, Any] = {}
+    scored = [
+        name for name in (*SCORES, JOINT_ALL, *POOLED, *POOLED_CONTROLS) if all(name in pair for pair in pairs.values())
+    ]
+    columns: dict[str, list[float]] = {name: [] for name in ("scratch", "scratch_of_one_setting", *scored)}
+    for group, names in sorted(groups.items()):
+        configurations = pairs[names[0]]["scratch"]
+        mean = {of: statistics.mean(pairs[name]["scratch"][of] for name in names) for of in configurations}
+        best = max(mean, key=mean.__getitem__)
+        scores = {of: [pairs[name][of] for name in names] for of in scored}
+        scores["scratch"] = [pairs[name]["scratch"][best] for name in names]
+        scores["scratch_of_one_setting"] = [pairs[name]["scratch"][PLAIN_SETTING] for name in names]
+        found[group] = {"scratch_configuration": best, **compared(scores)}
+        for of, values in scores.items():
+            columns[of] += values
+    if columns["scratch"]:
+        found["all"] = compared(columns)
+    if guards:
+        lost = [of["scratch"] - of["kept"] for of in guards.values()]
+        found["guard_on_unrelated_pairs"] = {
+            "pairs": len(lost),
+            "within_1_point_of_scratch": statistics.mean(value <= _POINT for value in lost),
+            "kept": {
+                name: sum(of["chosen"] == name for of in guards.values())
+                for name in ("scratch", "source", "transferred")
+            },
+            "accuracy": {
+                name: statistics.mean(of[name] for of in guards.values())
+                for name in ("scratch", "kept", "transferred")
+            },
+        }  # fmt: skip
+    return found
+
+
+def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+    scratch = scores["scratch"]
+    found: dict[str, Any] = {
+        "pairs": len(scratch),
+        "accuracy": {name: statistics.mean(values) for name, values in scores.items()},
+        "measures": {},
+        "anchored_over_plain": {},
+        "anchored_over_better_of_source_only_and_scratch": {},
+        "anchored_within_1_point_of_that": {},  # the share of pairs
+    }
+    for start, plain in (("", "plain"), ("pooled_", "pooled")):
+        if plain not in scores:
+            continue
+        control = scores.get(f"{start}shuffled", scores.get("shuffled"))
+        strategies = [f"{start}{name}" for name in (*ANCHORED, JOINT_ALL)]
+        for name in (f"{start}source_only", plain, *strategies):
+            if name in scores:
+                measures = transfer_measures(scratch, scores[name], shuffled=control)
+                found["measures"][name] = {of: value.to_json() for of, value in measures.items()}
+        better = [max(pair) for pair in zip(scores[f"{start}source_only"], scratch, strict=True)]
+        for name in strategies:
+            if name in scores:
+                for of, other in (("plain", scores[plain]), ("better_of_source_only_and_scratch", better)):
+                    found[f"anchored_over_{of}"][name] = paired_interval([scores[name], other], gain).to_json()
+                near = (high - low <= _POINT for low, high in zip(scores[name], better, strict=True))
+                found["anchored_within_1_point_of_that"][name] = statistics.mean(near)
+    found["shuffled_over_scratch_of_its_setting"] = {
+        name: paired_interval([scores[name], scores["scratch_of_one_setting"]], gain).to_json()
+        for name in ("shuffled", "pooled_shuffled")
+        if name in scores
+    }
+    if "oracle" in scores:
+        oracle_gain, chosen_gain = (
+            statistics.mean(scores[name]) - statistics.mean(scratch) for name in ("oracle", "plain")
+        )
+        found["better_of_means"] = max(statistics.mean(scores["source_only"]), statistics.mean(scratch))
+        found["selection_share_of_oracle_gain"] = chosen_gain / oracle_gain if oracle_gain > 0 else None
+    return found
+
+
+def show(found: Mapping[str, Any]) -> None:
+    for group, of in found.items():
+        if group == "guard_on_unrelated_pairs":
+            print(f"\n{group}: {json.dumps(of)}")
+            continue
+        print(f"\n{group}: {of['pairs']} pairs, scratch: {of.get('scratch_configuration', 'of each group')}")
+        print("  " + ", ".join(f"{name} {100 * value:.2f}" for name, value in of["accuracy"].items()))
+        for name, measures in of["measures"].items():
+            told = [f"{m} {100 * v['value']:+.2f} [{100 * (v['low'] or 0):+.2f}, {100 * (v['high'] or 0):+.2f}]"
+                    for m, v in measures.items() if m in ("absolute_gain", "shuffled_gain", "wins")]  # fmt: skip
+            print(f"  {name}: " + ", ".join(told))
+        if "selection_share_of_oracle_gain" in of:
+            print(f"  selection's share of the oracle's gain: {of['selection_share_of_oracle_gain']}")
