@@ -20,9 +20,10 @@ __all__ = ["fuse_products", "is_fused"]
 
 
 def fuse_products(model: nn.Module) -> list[nn.Module]:
-    """Replace the forward of every large plain linear layer, GPT-2's transposed kind too; returns those modules.
+    """Replace the forward of every large plain linear layer on the CPU, GPT-2's transposed kind too; returns those.
 
-    A module whose forward somebody else has replaced (hooks that move weights do) is left alone.
+    A module whose forward somebody else has replaced (hooks that move weights do) is left alone, and on a GPU, where
+    nothing is gained, so are all: each call would ask in vain.
     """
     replaced: list[nn.Module] = []
     for module in model.modules():
@@ -30,7 +31,7 @@ def fuse_products(model: nn.Module) -> list[nn.Module]:
         if forward is None or "forward" in vars(module):
             continue
         weight: Any = module.weight
-        if weight.numel() >= onednn.LEAST_WEIGHT:
+        if weight.device.type == "cpu" and weight.numel() >= onednn.LEAST_WEIGHT:
             module.forward = MethodType(forward, module)  # a bound method, so that a deep copy binds its own
             replaced.append(module)
     return replaced

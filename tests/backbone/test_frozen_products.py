@@ -127,7 +127,13 @@ def test_only_large_plain_layers_that_nobody_replaced(calls: list[torch.Size], m
         pass
 
     model = nn.ModuleDict(
-        {"large": nn.Linear(20, 30), "small": nn.Linear(20, 29), "special": Special(20, 30), "taken": nn.Linear(20, 30)}
+        {
+            "large": nn.Linear(20, 30),
+            "small": nn.Linear(20, 29),
+            "special": Special(20, 30),
+            "taken": nn.Linear(20, 30),
+            "elsewhere": nn.Linear(20, 30, device="meta"),
+        }
     ).requires_grad_(False)
     monkeypatch.setattr(onednn, "LEAST_WEIGHT", 600)
     model["taken"].forward = lambda x: x
