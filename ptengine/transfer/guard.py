@@ -102,7 +102,7 @@ def pooled(parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None
     return HeldOut(loss, tuple(correct[row] for row in sorted(correct)))
 
 
-def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
+def decide(settings: Guard, candidates: Mapping[str, HeldOut], guess: float | None = None) -> Decision:
     """What to keep of ``"transferred"``, ``"source"`` and the candidates whose names begin with ``"scratch"``.
 
     Few shots measure accuracy coarsely, so it decides between two candidates only where they differ by more than one
@@ -110,8 +110,9 @@ def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
     scratch; what is better than it, by more than `min_gain` where that is set, is accepted. The start untouched is kept
     only where its accuracy beats that of the transferred prompt in this sense, which is trained again on all shots.
 
-    A source that is untouched clearly worse than scratch knows another task; what its transferred prompt seems to gain
-    on a few shots is then mostly chance, so it must gain two standard errors.
+    A source that is untouched clearly worse than scratch, or not clearly better than `guess`, the accuracy of saying
+    the shots' most frequent label every time (None asks for neither), knows another task; what its transferred prompt
+    seems to gain on a few shots is then mostly chance, so it must gain two standard errors.
     """
     scratch = max(
         (name for name in candidates if name.startswith(SCRATCH)),
@@ -119,11 +120,11 @@ def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
     )
     base, moved = candidates[scratch], candidates[TRANSFERRED]
 
-    foreign = _is_foreign(candidates[SOURCE], base)
+    foreign = _why_foreign(candidates[SOURCE], base, guess)
 
     def accepted(name: str) -> bool:
         enough = settings.min_gain == 0 or candidates[name].score - base.score > settings.min_gain
-        convincing = not foreign or _clear(candidates[name], base, errors=_FOREIGN_ERRORS)
+        convincing = foreign is None or _clear(candidates[name], base, errors=_FOREIGN_ERRORS)
         return enough and convincing and _better(candidates[name], base)
 
     keeps_source = accepted(SOURCE) and (
@@ -137,7 +138,7 @@ def decide(settings: Guard, candidates: Mapping[str, HeldOut]) -> Decision:
     return Decision(
         chosen=SCRATCH if chosen == scratch else chosen,
         scratch=scratch,
-        reason=_reason(chosen, scratch, candidates, metric, settings),
+        reason=_reason(chosen, scratch, candidates, metric, settings, foreign),
         metric=metric,
         scores={name: held.score for name, held in candidates.items()},
         losses={name: held.loss for name, held in candidates.items()},
@@ -159,11 +160,20 @@ def _better(one: HeldOut, other: HeldOut) -> bool:
     return one.score > other.score if _clear(one, other) else one.loss < other.loss
 
 
-def _is_foreign(source: HeldOut, scratch: HeldOut) -> bool:
-    return _clear(source, scratch) and source.score < scratch.score
+def _why_foreign(source: HeldOut, scratch: HeldOut, guess: float | None) -> str | None:
+    """What the source untouched falls short of, if it is of another task; None if it is not."""
+    if _clear(source, scratch) and source.score < scratch.score:
+        return "clearly worse than scratch"
+    if guess is not None and source.correct is not None:
+        always = HeldOut(0.0, (guess,) * len(source.correct))
+        if not (_clear(source, always) and source.score > guess):
+            return f"not clearly better than always saying the most frequent label ({guess:.3f})"
+    return None
 
 
-def _reason(chosen: str, scratch: str, candidates: Mapping[str, HeldOut], metric: str, settings: Guard) -> str:
+def _reason(
+    chosen: str, scratch: str, candidates: Mapping[str, HeldOut], metric: str, settings: Guard, foreign: str | None
+) -> str:
     named = {TRANSFERRED: "the transferred prompt", SOURCE: "the source prompt untouched", scratch: "scratch"}
     said = ", ".join(
         f"{words} {candidates[name].score:.3f} (loss {candidates[name].loss:.3f})" for name, words in named.items()
@@ -173,8 +183,8 @@ def _reason(chosen: str, scratch: str, candidates: Mapping[str, HeldOut], metric
         kept += (
             "; accuracies of transferred and scratch are within one standard error, so the loss decides between them"
         )
-    if _is_foreign(candidates[SOURCE], candidates[scratch]):
-        kept += "; the source untouched is clearly worse than scratch, so two standard errors of gain are asked for"
+    if foreign is not None:
+        kept += f"; the source untouched is {foreign}, so two standard errors of gain are asked for"
     if chosen == TRANSFERRED:
         return kept
     if chosen == SOURCE:

@@ -12,6 +12,7 @@ Knows banks, strategies and the trainer; nothing of files of users and of report
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,7 +156,8 @@ def transfer(
                     scored = procedure.score(prompt, [rows[i] for i in away])
                     gold = None if labels is None else [labels[i] for i in away]
                     held.setdefault(name, []).append((scored, away, gold))
-            decision = decide(guard, {name: pooled(results) for name, results in held.items()})
+            guess = None if labels is None else max(Counter(labels).values()) / len(labels)
+            decision = decide(guard, {name: pooled(results) for name, results in held.items()}, guess)
         rates = () if guard is None or decision is None else (scratch_rate(decision.scratch, guard),)
         final = procedure.run(rows, output, scratch=rates, eval_data=eval_data)
         chosen = TRANSFERRED if decision is None else decision.chosen
