@@ -23,9 +23,10 @@ constant rates:
     pooled        plain, from one prompt tuned on all other domains' rows together; with `_source_only`, `_joint`,
                   `_anchor` and `_shuffled` the same as above from that prompt
 
-`guard` runs `ptengine.transfer.transfer` with a guard from prompts of unrelated tasks, 16 shots, and scores what it
-kept and its scratch on the test rows. Beside them stands a bag of words, from the shots and from all rows of the other
-domains. Only scratch's configuration and the oracle are picked on test rows. Intervals resample pairs (target, seed).
+`guard` runs `ptengine.transfer.transfer` with a guard from prompts of unrelated tasks, and from the other domains', 16
+shots, and scores what it kept and its scratch on the test rows. Beside them stands a bag of words, from the shots and
+from all rows of the other domains. Only scratch's configuration and the oracle are picked on test rows. Intervals
+resample pairs (target, seed).
 
 One file a pair lies in --out, so a run that was cut off goes on, and `--shard I/N` of N processes share the folder:
 first `--stage sources` (at most N = 2 per method and bank is of use), when all are done `--stage pairs`, then
@@ -51,7 +52,7 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from train_step import SHARED, environment
 from transfer_lab import KINDS, LANGUAGES, METHODS, POOLED_KINDS, SOURCE_RATES, Fit, Lab
-from transfer_summary import JOINT_ALL, POOLED, POOLED_CONTROLS, SCORES, show, summary
+from transfer_summary import JOINT_ALL, POOLED, POOLED_CONTROLS, RELATED, SCORES, show, summary
 
 from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
@@ -238,24 +239,26 @@ def add_scores(out: Path, key: Key, found: Mapping[str, Any], scores: Mapping[st
 def run_guard(
     lab: Lab, method: str, target: str, source: str, seed: int, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What the guard keeps when the only prompt on offer is of an unrelated task."""
+    """What the guard keeps when the only prompt on offer is of an unrelated task, or those on offer are `RELATED`."""
     test = lab.encode(target, "test", settings["test_rows"])
-    bank = lab.bank(method, "unrelated")
+    bank = lab.bank(method, "sources" if source == RELATED else "unrelated")
+    exclude = [target] if source == RELATED else [entry.name for entry in bank.list() if entry.name != source]
     with tempfile.TemporaryDirectory() as folder:
         moved = transfer(
             lab.model, lab.tokenizer, task=lab.task, shots=lab.shots(target, 16, seed), bank=bank,
             guard=Guard(scratch_init="sampled_vocab" if method == "soft" else "random"),
             training=lab.config(folder, seed, max_steps=settings["steps"]),
-            exclude=[entry.name for entry in bank.list() if entry.name != source],
+            exclude=exclude,
         )  # fmt: skip
         scores = {name: lab.accuracy(prompt, test) for name, prompt in moved.candidates.items()}
-        return {"chosen": moved.chosen, "kept": lab.accuracy(moved.prompt, test), **scores}
+        reason = None if moved.decision is None else moved.decision.reason
+        return {"chosen": moved.chosen, "why": reason, "kept": lab.accuracy(moved.prompt, test), **scores}
 
 
 def guard_jobs(lab: Lab, settings: Mapping[str, Any], out: Path) -> Iterator[tuple[Path, tuple[str, str, str, int]]]:
     for seed in range(settings["guard_seeds"]):
         for target in settings["targets"]:
-            for source in lab.language.unrelated:
+            for source in (*lab.language.unrelated, RELATED):
                 for method in settings["methods"]:
                     yield out / "guard" / f"{method}-{target}-{source}-{seed}.json", (method, target, source, seed)
 

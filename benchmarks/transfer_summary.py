@@ -18,6 +18,8 @@ PLAIN_SETTING = "1 x rate, 1 x steps"
 """Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
 ANCHORED = ("joint", "anchor")
 JOINT_ALL = "joint_all"
+RELATED = "related"
+"""The source in the name of a guard's pair that took the other domains' prompts."""
 SCORES = ("source_only", "plain", *ANCHORED, "shuffled", "oracle")
 POOLED = ("pooled_source_only", "pooled")
 POOLED_CONTROLS = (*(f"pooled_{name}" for name in ANCHORED), "pooled_shuffled")
@@ -50,21 +52,23 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
             columns[of] += values
     if columns["scratch"]:
         found["all"] = compared(columns)
-    if guards:
-        lost = [of["scratch"] - of["kept"] for of in guards.values()]
-        found["guard_on_unrelated_pairs"] = {
-            "pairs": len(lost),
-            "within_1_point_of_scratch": statistics.mean(value <= _POINT for value in lost),
-            "kept": {
-                name: sum(of["chosen"] == name for of in guards.values())
-                for name in ("scratch", "source", "transferred")
-            },
-            "accuracy": {
-                name: statistics.mean(of[name] for of in guards.values())
-                for name in ("scratch", "kept", "transferred")
-            },
-        }  # fmt: skip
+    for kind, related in (("unrelated", False), ("related", True)):
+        mine = [of for name, of in guards.items() if (f"-{RELATED}-" in name) is related]
+        if mine:
+            found[f"guard_on_{kind}_pairs"] = guarded(mine)
     return found
+
+
+def guarded(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the guard kept, and how often that was at most a point worse than scratch on the test rows."""
+    names = ("scratch", "source", "transferred")
+    near = (of["scratch"] - of["kept"] <= _POINT for of in pairs)
+    return {
+        "pairs": len(pairs),
+        "within_1_point_of_scratch": statistics.mean(near),
+        "kept": {name: sum(of["chosen"] == name for of in pairs) for name in names},
+        "accuracy": {name: statistics.mean(of[name] for of in pairs) for name in ("scratch", "kept", "transferred")},
+    }
 
 
 def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -109,7 +113,7 @@ def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
 
 def show(found: Mapping[str, Any]) -> None:
     for group, of in found.items():
-        if group == "guard_on_unrelated_pairs":
+        if group.startswith("guard_on"):
             print(f"\n{group}: {json.dumps(of)}")
             continue
         print(f"\n{group}: {of['pairs']} pairs, scratch: {of.get('scratch_configuration', 'of each group')}")

@@ -38,6 +38,7 @@ def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
         "soft-16-music-1": pair({ONE: 0.7, "b": 0.62}, 0.62),
     }
     guards = {
+        "soft-music-related-0": {"chosen": "transferred", "kept": 0.9, "scratch": 0.5, "transferred": 0.9},
         "one": {"chosen": "scratch", "kept": 0.7, "scratch": 0.7, "transferred": 0.5},
         "two": {"chosen": "transferred", "kept": 0.6, "scratch": 0.62, "transferred": 0.6},
         "three": {"chosen": "transferred", "kept": 0.61, "scratch": 0.62, "transferred": 0.61},
@@ -56,6 +57,8 @@ def test_scratch_counts_with_its_best_mean_of_all_pairs() -> None:
     assert group["selection_share_of_oracle_gain"] == pytest.approx(0.05 / 0.19)
     assert found["all"]["pairs"] == 2
     assert found["guard_on_unrelated_pairs"]["within_1_point_of_scratch"] == pytest.approx(2 / 3)
+    assert found["guard_on_unrelated_pairs"]["kept"] == {"scratch": 1, "source": 0, "transferred": 2}
+    assert found["guard_on_related_pairs"]["accuracy"]["kept"] == 0.9
 
 
 def test_pooled_prompts_count_once_every_pair_has_them() -> None:
