@@ -1,9 +1,9 @@
-"""Products of float32 matrices with a frozen weight on a CPU, by oneDNN in place of the BLAS that PyTorch calls.
+"""Products of a few float32 rows with a large frozen weight on a CPU, by oneDNN in place of the BLAS PyTorch calls.
 
-PyTorch hands float32 products to MKL, which on CPUs of AMD with AVX-512 reaches less of the machine's rate than oneDNN,
-a library that PyTorch brings as well: 1.1 to 1.2 times the time at several hundred rows, up to twice at a few tens,
-where reading the weight is what costs (`benchmarks/bench_frozen_products.py`). Both sum in float32; oneDNN in longer
-chains, so that its rounding errors are up to twice MKL's. This room knows matrices, no gradients and no models.
+PyTorch hands float32 products to MKL. With a few rows, as in generation and at labelled positions, reading the weight
+is what costs, and on CPUs of AMD with AVX-512 oneDNN, a library that PyTorch brings as well, is then 1.2 to 3 times
+faster (`benchmarks/bench_frozen_products.py`). Both sum in float32; oneDNN in longer chains, so that its rounding
+errors are up to twice MKL's. This room knows matrices, no gradients and no models.
 """
 
 from __future__ import annotations
@@ -13,33 +13,34 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["LEAST_WEIGHT", "linear", "missing", "takes"]
+__all__ = ["LEAST_WEIGHT", "MOST_ROWS", "linear", "missing", "takes"]
 
 LEAST_WEIGHT = 2**19
-"""Elements of a weight. oneDNN prepares code for every new number of rows, a third of a millisecond each time, and the
-number of tokens in a packed batch changes from step to step: with smaller weights that would cost what is gained."""
-_MOST_ELEMENTS = 2**31  # of either operand and of the result: beyond, nothing here was tried
+"""Elements of a weight; with smaller ones calling oneDNN costs what it gains."""
+MOST_ROWS = 32
+"""oneDNN makes code for every number of rows and every shape of weight and keeps 0.6 MB for each, up to 1024 of them.
+Hundreds of rows would gain a tenth, but the number of tokens in a packed batch changes from step to step."""
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:
-    """Whether `linear` is for x [..., d] with weight [out, d]: float32 on a CPU with AVX-512, and a large weight.
+    """Whether `linear` is for x [..., d] with weight [out, d].
 
-    Where `torch.backends.mkldnn.flags(enabled=False)` holds, it is not.
+    It is for 1 to `MOST_ROWS` rows and weights of `LEAST_WEIGHT` elements, float32, on a CPU with AVX-512. Nothing else
+    is asked, least of all what was computed before: the same call gives the same bits in every process. Where
+    `torch.backends.mkldnn.flags(enabled=False)` holds, it is for none.
     """
     return (
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and weight.numel() >= LEAST_WEIGHT
-        and 0 < x.numel() < _MOST_ELEMENTS
-        and x.numel() // x.shape[-1] * weight.shape[0] < _MOST_ELEMENTS
-        and weight.numel() < _MOST_ELEMENTS
+        and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and missing() is None
     )
 
 
 def missing() -> str | None:
-    """Why no product runs here, for people; None where large ones do."""
+    """Why no product runs here, for people; None where some do."""
     if not torch.backends.mkldnn.enabled:
         return "switched off by torch.backends.mkldnn"
     return _missing_for_good()

@@ -1,4 +1,4 @@
-"""Runs a frozen model's large linear layers through `ptengine.kernels.onednn` where that is the faster library.
+"""Runs a frozen model's large linear layers through `ptengine.kernels.onednn` where few rows make that the faster one.
 
 The replacement is each module's own `forward`, and asks at every call: on another device, in another dtype, under
 autocast or torch.compile, and with a weight that is trained, the stock one runs.

@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> Outcome:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     paths = {device: [explain(name, torch.device(device)) for name in operations()] for device in devices}
     library = "oneDNN" if (missing := onednn.missing()) is None else f"PyTorch's BLAS ({missing})"
-    paths["cpu"].append(f"products with large frozen float32 weights on cpu: {library}")
+    paths["cpu"].append(f"products of few rows with large frozen float32 weights on cpu: {library}")
     assets, problems = _assets()
     problems += [line for lines in paths.values() for line in lines if ": refused" in line]
     cuda = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]

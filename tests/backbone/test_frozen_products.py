@@ -1,4 +1,4 @@
-"""Large linear layers of a frozen model on oneDNN: the stock numbers, and the stock layer wherever it is needed."""
+"""Linear layers of a frozen model on oneDNN: the stock numbers, and the stock layer wherever it is needed."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ pytestmark = [
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
-    """Let layers of any size be replaced, and note the weights that oneDNN multiplies with."""
+    """Let layers of any size and calls of any number of rows be taken, and note the weights oneDNN multiplies with."""
     monkeypatch.setattr(onednn, "LEAST_WEIGHT", 1)
+    monkeypatch.setattr(onednn, "MOST_ROWS", 1000)
     shapes: list[torch.Size] = []
     original = onednn.linear
 

@@ -286,6 +286,7 @@ def test_workspace_is_one_tile(
 ) -> None:
     """No tensor inside the operator is larger than a tile, though n x V is 40 times as much; by oneDNN and without."""
     monkeypatch.setattr(onednn, "LEAST_WEIGHT", least_weight)
+    monkeypatch.setattr(onednn, "MOST_ROWS", 1000)
     monkeypatch.setattr(torch_path, "TILE_ELEMENTS", 2**14)
     monkeypatch.setattr(torch_path, "FEW_ROWS_TILE_COLUMNS", 64)
     hidden, weight, labels, _ = inputs(200, 8, 3301, dtype)

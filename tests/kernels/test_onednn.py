@@ -26,7 +26,7 @@ def transposed(weight: Tensor) -> Tensor:
 @NEEDS_ONEDNN
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("layout", [Tensor.contiguous, transposed])
-@pytest.mark.parametrize("shape", [(1, 1024, 512), (3, 513, 1023), (70, 2304, 768), (612, 768, 3072)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1024, 512), (3, 513, 1025), (31, 2304, 768), (32, 768, 3072)], ids=str)
 def test_rounding_is_that_of_float32(shape: tuple[int, int, int], layout: Any, with_bias: bool) -> None:
     """Each of d roundings is at most eps / 2 of a partial sum that is in the mean of squares no larger than the
     result, so the error's mean square is at most d * (eps / 2 * result)^2. TF32's eps is 4096 times float32's.
@@ -54,7 +54,7 @@ def test_strides_and_leading_dimensions() -> None:
 
 @NEEDS_ONEDNN
 def test_same_bits_every_time() -> None:
-    x, weight = noise(33, 768), noise(1024, 768, seed=1)
+    x, weight = noise(32, 768), noise(1024, 768, seed=1)
     first = onednn.linear(x, weight)
     assert all(torch.equal(onednn.linear(x, weight), first) for _ in range(20))
 
@@ -71,10 +71,9 @@ def test_same_bits_every_time() -> None:
         (noise(0, 512), noise(1024, 512)),
         (noise(3, 512), noise(1024, 1024)[:, ::2]),
         (noise(3, 512).to("meta"), noise(1024, 512).to("meta")),
-        (noise(1).expand(2**22, 512), noise(1024, 512)),  # 2^31 elements
-        (noise(1).expand(2**21, 512), noise(1024, 512)),  # 2^31 of the result
+        (noise(11, 3, 512), noise(1024, 512)),  # 33 rows
     ],
-    ids=["fp64", "bf16", "bf16 x", "bf16 weight", "small", "empty", "strided", "meta", "large", "large result"],
+    ids=["fp64", "bf16", "bf16 x", "bf16 weight", "small", "empty", "strided", "meta", "many rows"],
 )
 def test_what_it_does_not_take(x: Tensor, weight: Tensor) -> None:
     assert onednn.takes(noise(3, 512), noise(1024, 512))
