@@ -110,9 +110,9 @@ def decide(settings: Guard, candidates: Mapping[str, HeldOut], guess: float | No
     scratch; what is better than it, by more than `min_gain` where that is set, is accepted. The start untouched is kept
     only where its accuracy beats that of the transferred prompt in this sense, which is trained again on all shots.
 
-    A source that is untouched clearly worse than scratch, or not clearly better than `guess`, the accuracy of saying
-    the shots' most frequent label every time (None asks for neither), knows another task; what its transferred prompt
-    seems to gain on a few shots is then mostly chance, so it must gain two standard errors.
+    A source that is untouched clearly worse than scratch, or not two standard errors better than `guess`, the accuracy
+    of saying the shots' most frequent label every time (None: not asked), may know another task; what its transferred
+    prompt seems to gain on a few shots is then mostly chance, so it must gain two standard errors.
     """
     scratch = max(
         (name for name in candidates if name.startswith(SCRATCH)),
@@ -166,8 +166,8 @@ def _why_foreign(source: HeldOut, scratch: HeldOut, guess: float | None) -> str 
         return "clearly worse than scratch"
     if guess is not None and source.correct is not None:
         always = HeldOut(0.0, (guess,) * len(source.correct))
-        if not (_clear(source, always) and source.score > guess):
-            return f"not clearly better than always saying the most frequent label ({guess:.3f})"
+        if not (_clear(source, always, errors=_FOREIGN_ERRORS) and source.score > guess):
+            return f"not two standard errors better than always saying the most frequent label ({guess:.3f})"
     return None
 
 
