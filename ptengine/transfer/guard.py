@@ -17,7 +17,7 @@ from ptengine.training import EvalResult
 from ptengine.transfer.measures import Interval, paired_interval
 from ptengine.transfer.strategies import Guard
 
-__all__ = ["SCRATCH", "SOURCE", "TRANSFERRED", "Decision", "HeldOut", "decide", "folds"]
+__all__ = ["SCRATCH", "SOURCE", "TRANSFERRED", "Decision", "Guess", "HeldOut", "decide", "folds"]
 
 SCRATCH, SOURCE, TRANSFERRED = "scratch", "source", "transferred"
 _FOREIGN_ERRORS = 2.0
@@ -102,7 +102,25 @@ def pooled(parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None
     return HeldOut(loss, tuple(correct[row] for row in sorted(correct)))
 
 
-def decide(settings: Guard, candidates: Mapping[str, HeldOut], guess: float | None = None) -> Decision:
+@dataclass(frozen=True)
+class Guess:
+    """What rows say about a model that knows nothing but how often their labels are.
+
+    Attributes:
+        accuracy: of saying the most frequent label every time.
+        loss: mean in nats, of saying the labels' frequencies: their entropy.
+    """
+
+    accuracy: float
+    loss: float
+
+    @classmethod
+    def of(cls, labels: Sequence[str]) -> Guess:
+        shares = np.unique(np.asarray(labels, dtype=object).astype(str), return_counts=True)[1] / len(labels)
+        return cls(float(shares.max()), float(-(shares * np.log(shares)).sum()))
+
+
+def decide(settings: Guard, candidates: Mapping[str, HeldOut], guess: Guess | None = None) -> Decision:
     """What to keep of ``"transferred"``, ``"source"`` and the candidates whose names begin with ``"scratch"``.
 
     Few shots measure accuracy coarsely, so it decides between two candidates only where they differ by more than one
@@ -110,9 +128,9 @@ def decide(settings: Guard, candidates: Mapping[str, HeldOut], guess: float | No
     scratch; what is better than it, by more than `min_gain` where that is set, is accepted. The start untouched is kept
     only where its accuracy beats that of the transferred prompt in this sense, which is trained again on all shots.
 
-    A source that is untouched clearly worse than scratch, or not two standard errors better than `guess`, the accuracy
-    of saying the shots' most frequent label every time (None: not asked), may know another task; what its transferred
-    prompt seems to gain on a few shots is then mostly chance, so it must gain two standard errors.
+    A source that is untouched clearly worse than scratch knows another task, and so does one that is no better than a
+    `guess` at the shots' labels (None: not asked), neither in loss nor by two standard errors in accuracy. What its
+    transferred prompt seems to gain on a few shots is then mostly chance, so it must gain two standard errors.
     """
     scratch = max(
         (name for name in candidates if name.startswith(SCRATCH)),
@@ -160,15 +178,16 @@ def _better(one: HeldOut, other: HeldOut) -> bool:
     return one.score > other.score if _clear(one, other) else one.loss < other.loss
 
 
-def _why_foreign(source: HeldOut, scratch: HeldOut, guess: float | None) -> str | None:
+def _why_foreign(source: HeldOut, scratch: HeldOut, guess: Guess | None) -> str | None:
     """What the source untouched falls short of, if it is of another task; None if it is not."""
     if _clear(source, scratch) and source.score < scratch.score:
         return "clearly worse than scratch"
-    if guess is not None and source.correct is not None:
-        always = HeldOut(0.0, (guess,) * len(source.correct))
-        if not (_clear(source, always, errors=_FOREIGN_ERRORS) and source.score > guess):
-            return f"not two standard errors better than always saying the most frequent label ({guess:.3f})"
-    return None
+    if guess is None or source.correct is None or source.loss < guess.loss:
+        return None
+    always = HeldOut(guess.loss, (guess.accuracy,) * len(source.correct))
+    if _clear(source, always, errors=_FOREIGN_ERRORS) and source.score > guess.accuracy:
+        return None
+    return f"no better than guessing ({guess.accuracy:.3f}, loss {guess.loss:.3f})"
 
 
 def _reason(

@@ -12,7 +12,6 @@ Knows banks, strategies and the trainer; nothing of files of users and of report
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from ptengine.training.folders import exclusive
 from ptengine.training.preparation import DataSource
 from ptengine.transfer.augmentation import Augmentation, AugmentationReport
 from ptengine.transfer.bank import PromptBank, Search
-from ptengine.transfer.guard import SCRATCH, TRANSFERRED, Decision, decide, folds, pooled
+from ptengine.transfer.guard import SCRATCH, TRANSFERRED, Decision, Guess, decide, folds, pooled
 from ptengine.transfer.procedure import Procedure, Rows, scratch_rate
 from ptengine.transfer.self_training import Taught, unlabelled_rows
 from ptengine.transfer.strategies import Guard, Strategy
@@ -156,7 +155,7 @@ def transfer(
                     scored = procedure.score(prompt, [rows[i] for i in away])
                     gold = None if labels is None else [labels[i] for i in away]
                     held.setdefault(name, []).append((scored, away, gold))
-            guess = None if labels is None else max(Counter(labels).values()) / len(labels)
+            guess = None if labels is None else Guess.of(labels)
             decision = decide(guard, {name: pooled(results) for name, results in held.items()}, guess)
         rates = () if guard is None or decision is None else (scratch_rate(decision.scratch, guard),)
         final = procedure.run(rows, output, scratch=rates, eval_data=eval_data)

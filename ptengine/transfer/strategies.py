@@ -189,7 +189,7 @@ class Guard:
     Every fold trains the transferred prompt and the scratch prompt on the other folds and scores both, and the start
     untouched, on the rows held back. Scratch is kept unless another is better: in accuracy where that differs by more
     than one standard error, else in loss; by two standard errors where the start untouched is clearly worse than
-    scratch or not as much better than the most frequent label (`ptengine.transfer.guard.decide`).
+    scratch or no better than guessing (`ptengine.transfer.guard.decide`).
 
     Attributes:
         folds: parts the shots are cut into, at least 2; every class needs as many rows.

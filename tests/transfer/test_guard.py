@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from ptengine.errors import InputError
 from ptengine.training import EvalResult
-from ptengine.transfer.guard import HeldOut, decide, folds, pooled
+from ptengine.transfer.guard import Guess, HeldOut, decide, folds, pooled
 from ptengine.transfer.strategies import Guard
 
 
@@ -83,27 +84,40 @@ def test_the_rule(
     assert ("two standard errors" in found.reason) == (scratch.score - source.score > 0.25)
 
 
+COIN = Guess(0.5, 0.693)
+
+
 @pytest.mark.parametrize(
     ("transferred", "source", "guess", "chosen"),
     [
-        (held(9, 0.5), held(7, 0.9), 0.5, "scratch"),  # 7 of 10 are within two standard errors of 5
+        (held(9, 0.5), held(7, 0.9), COIN, "scratch"),  # 7 of 10 are within two standard errors of 5
+        (held(9, 0.5), held(7, 0.693), COIN, "scratch"),
+        (held(9, 0.5), held(7, 0.69), COIN, "transferred"),  # better than a coin in loss
+        (held(9, 0.5), held(5, 0.69), COIN, "transferred"),
+        (held(9, 0.5), held(8, 0.9), COIN, "transferred"),  # and in accuracy
         (held(9, 0.5), held(7, 0.9), None, "transferred"),
-        (held(9, 0.5), held(7, 0.9), 0.3, "transferred"),
-        (held(9, 0.5), held(8, 0.9), 0.5, "transferred"),
-        (held(9, 0.5), held(2, 0.9), 0.5, "scratch"),  # clearly another accuracy, and a lower one
-        (held(10, 0.5), held(7, 0.9), 0.5, "transferred"),  # 4 of 10 more are two standard errors
-        (HeldOut(0.5, None), HeldOut(0.8, None), 0.5, "transferred"),
+        (held(9, 0.5), held(7, 0.9), Guess(0.3, 0.693), "transferred"),
+        (held(9, 0.5), held(7, 0.9), Guess(0.5, 1.1), "transferred"),
+        (held(9, 0.5), held(2, 0.9), COIN, "scratch"),  # clearly another accuracy, and a lower one
+        (held(10, 0.5), held(7, 0.9), COIN, "transferred"),  # 4 of 10 more are two standard errors
+        (HeldOut(0.5, None), HeldOut(0.8, None), COIN, "transferred"),
     ],
 )
 def test_a_source_no_better_than_guessing_knows_another_task(
-    transferred: HeldOut, source: HeldOut, guess: float | None, chosen: str
+    transferred: HeldOut, source: HeldOut, guess: Guess | None, chosen: str
 ) -> None:
     """Scratch on few shots may be no better itself, and no source can then be clearly worse."""
     scratch = HeldOut(0.6, None) if transferred.correct is None else held(6, 0.6)
     found = decide(Guard(), {"scratch-1": scratch, "source": source, "transferred": transferred}, guess)
     assert found.chosen == chosen
-    asked = source.correct is not None and guess == 0.5 and source.score < 0.8
+    asked = chosen == "scratch" or transferred == held(10, 0.5)
     assert ("two standard errors" in found.reason) == asked
+
+
+def test_guessing_knows_how_often_labels_are() -> None:
+    assert Guess.of(["a", "b", "a", "a"]).accuracy == 0.75
+    assert Guess.of(["a", "b", "a", "a"]).loss == pytest.approx(-0.75 * math.log(0.75) - 0.25 * math.log(0.25))
+    assert Guess.of(["a", "a"]) == Guess(1.0, 0.0)
 
 
 def test_the_best_scratch_counts() -> None:

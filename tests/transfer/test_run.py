@@ -18,6 +18,7 @@ from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
 from ptengine.transfer import Anchor, Distill, Guard, Initialize, Joint, PromptBank, Strategy, run, transfer
+from ptengine.transfer.guard import Guess
 from ptengine.transfer.similarity import prompt_similarity
 
 SETTINGS = TrainingConfig(
@@ -81,10 +82,10 @@ def test_with_a_guard_everything_is_scored_and_left_behind(world: Any, tiny: Mod
 def test_the_guard_is_told_what_guessing_scores(
     of_one_label: int, world: Any, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[float] = []
+    told: list[Guess] = []
     original = run.decide
 
-    def noted(settings: Guard, candidates: Any, guess: float) -> Any:
+    def noted(settings: Guard, candidates: Any, guess: Guess) -> Any:
         told.append(guess)
         return original(settings, candidates, guess)
 
@@ -92,7 +93,7 @@ def test_the_guard_is_told_what_guessing_scores(
     draw = tiny.rows(60, 9)
     positive, negative = ([row for row in draw if row["label"] == label] for label in ("pos", "neg"))
     world.run(tmp_path / "out", guard=Guard(folds=2), shots=[*positive[:of_one_label], *negative[:3]])
-    assert told == [max(of_one_label, 3) / (of_one_label + 3)]
+    assert told == [Guess.of(["pos"] * of_one_label + ["neg"] * 3)]
 
 
 def test_without_a_guard_there_is_one_run_and_no_decision(world: Any, tmp_path: Path) -> None:
