@@ -33,6 +33,7 @@ def takes(x: Tensor, weight: Tensor) -> bool:
         x.dtype == weight.dtype == torch.float32
         and x.device.type == weight.device.type == "cpu"
         and weight.numel() >= LEAST_WEIGHT
+        and x.shape[-1:] == weight.shape[1:]  # anything else is the BLAS's to refuse, in its clearer words
         and 0 < x.numel() <= MOST_ROWS * x.shape[-1]
         and (weight.is_contiguous() or weight.t().is_contiguous())
         and missing() is None

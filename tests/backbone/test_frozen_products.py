@@ -95,6 +95,20 @@ def test_two_derivatives(index: int, calls: list[torch.Size]) -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1], ids=["Linear", "Conv1D"])
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_function_transforms(index: int, calls: list[torch.Size]) -> None:
+    layer, stock = layers()[index]
+    fuse_products(layer)
+    x = torch.randn(3, 20)
+    got, expected = (
+        torch.func.vmap(torch.func.grad(lambda v, f=function: f(v[None]).pow(2).sum()))(x)
+        for function in (layer, stock)
+    )
+    assert calls
+    assert relative(got, expected) < 1e-5
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["Linear", "Conv1D"])
 @pytest.mark.parametrize("name", ["weight", "bias"])
 def test_what_is_trained_gets_its_gradient(index: int, name: str, calls: list[torch.Size]) -> None:
     layer, stock = layers()[index]

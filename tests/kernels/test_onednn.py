@@ -72,8 +72,10 @@ def test_same_bits_every_time() -> None:
         (noise(3, 512), noise(1024, 1024)[:, ::2]),
         (noise(3, 512).to("meta"), noise(1024, 512).to("meta")),
         (noise(11, 3, 512), noise(1024, 512)),  # 33 rows
+        (noise(3, 100), noise(1024, 512)),
+        (noise(), noise(1024, 512)),
     ],
-    ids=["fp64", "bf16", "bf16 x", "bf16 weight", "small", "empty", "strided", "meta", "many rows"],
+    ids=["fp64", "bf16", "bf16 x", "bf16 weight", "small", "empty", "strided", "meta", "many rows", "width", "scalar"],
 )
 def test_what_it_does_not_take(x: Tensor, weight: Tensor) -> None:
     assert onednn.takes(noise(3, 512), noise(1024, 512))
