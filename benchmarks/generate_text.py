@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,13 +60,8 @@ def run_case(rows: int, repeats: int) -> dict[str, Any]:
     memory = {
         name: op_timing.resident_peak(lambda name=name, run=run: tokens.update({name: run()}))  # type: ignore[misc]
         for name, run in sides.items()
-    }  # the first call is the warm-up too
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(repeats):
-        for name, run in sides.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    }
+    seconds = op_timing.clock_samples(sides, repeats, torch.device("cpu"))
     median = {name: statistics.median(values) for name, values in seconds.items()}
     return {
         "rows": rows,

@@ -58,11 +58,12 @@ def synchronize(device: torch.device) -> None:
 
 def interleaved(contenders: dict[str, Contender], repeats: int, device: torch.device) -> dict[str, dict[str, float]]:
     """Seconds of each contender: median and the quantiles 0.2 and 0.8, after one run that is not counted."""
-    samples = _event_samples if device.type == "cuda" else _clock_samples
+    samples = _event_samples if device.type == "cuda" else clock_samples
     return {name: _quantiles(values) for name, values in samples(contenders, repeats, device).items()}
 
 
-def _clock_samples(contenders: dict[str, Contender], repeats: int, device: torch.device) -> dict[str, list[float]]:
+def clock_samples(contenders: dict[str, Contender], repeats: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every repeat of each contender in turn, by the clock, after one run that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for repeat in range(repeats + 1):
         for name, contender in contenders.items():
@@ -391,7 +392,7 @@ def _quantiles(values: list[float]) -> dict[str, float]:
 
 
 def _best_seconds(contender: Contender, device: torch.device, repeats: int = 5) -> float:
-    samples = _event_samples if device.type == "cuda" else _clock_samples
+    samples = _event_samples if device.type == "cuda" else clock_samples
     return min(samples({"": contender}, repeats, device)[""])
 
 

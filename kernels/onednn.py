@@ -1,8 +1,8 @@
 """Products of a few float32 rows with a large frozen weight on a CPU, by oneDNN in place of the BLAS PyTorch calls.
 
 PyTorch hands float32 products to MKL. With a few rows, as in generation and at labelled positions, reading the weight
-is what costs, and on CPUs of AMD with AVX-512 oneDNN, a library that PyTorch brings as well, is then 1.2 to 3 times
-faster (`benchmarks/bench_frozen_products.py`). Both sum in float32; oneDNN in longer chains, so that its rounding
+is what costs, and on CPUs of AMD with AVX-512 oneDNN, a library that PyTorch brings as well, is then faster, often
+twice (`benchmarks/bench_frozen_products.py`). Both sum in float32; oneDNN in longer chains, so that its rounding
 errors are up to twice MKL's. This room knows matrices, no gradients and no models.
 """
 
@@ -18,8 +18,8 @@ __all__ = ["LEAST_WEIGHT", "MOST_ROWS", "linear", "missing", "takes"]
 LEAST_WEIGHT = 2**19
 """Elements of a weight; with smaller ones calling oneDNN costs what it gains."""
 MOST_ROWS = 32
-"""oneDNN makes code for every number of rows and every shape of weight and keeps 0.6 MB for each, up to 1024 of them.
-Hundreds of rows would gain a tenth, but the number of tokens in a packed batch changes from step to step."""
+"""oneDNN makes code for every number of rows and every shape of weight and keeps up to 1024 of them, more than half a
+megabyte each. Hundreds of rows would gain less, and the number of tokens in a packed batch changes at every step."""
 
 
 def takes(x: Tensor, weight: Tensor) -> bool:

@@ -10,7 +10,6 @@ under torch.compile, PTENGINE_BACKEND), where weights are not frozen or dtypes a
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
@@ -18,28 +17,18 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext, packed_attention
-from ptengine.backbone.frozen_products import fuse_products, is_fused
+from ptengine.backbone.frozen_products import ReplacedForward, fuse_products, is_fused
 from ptengine.kernels.dispatch import resolve_backend
 from ptengine.kernels.gated_activation import gated_activation
 from ptengine.kernels.rotary import rotary_embedding
 
-__all__ = ["Restored", "fuse_layers"]
+__all__ = ["fuse_layers"]
 
 _FAMILIES = ("Llama", "Qwen3")  # the names of transformers' classes begin so
 _SILU = ("SiLU", "SiLUActivation")  # torch's, and the one that some releases of transformers have
 
 
-class Restored:
-    """One module whose forward was replaced; `remove` puts its class's back."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-
-    def remove(self) -> None:
-        self.module.__dict__.pop("forward", None)
-
-
-def fuse_layers(model: nn.Module) -> list[Restored]:
+def fuse_layers(model: nn.Module) -> list[ReplacedForward]:
     """Replace the forward of every module that is known; returns what undoes it.
 
     A module whose forward somebody else has replaced (hooks that move weights do) is left alone.
@@ -49,14 +38,13 @@ def fuse_layers(model: nn.Module) -> list[Restored]:
         for family in _FAMILIES
         for name, forward in (("RMSNorm", _norm), ("MLP", _mlp), ("Attention", _attention))
     }
-    restored = []
+    replaced = []
     for module in model.modules():
         kind = type(module)
         forward = known.get(kind.__name__) if kind.__module__.startswith("transformers.models.") else None
         if forward is not None and "forward" not in vars(module):
-            module.forward = MethodType(forward, module)  # a bound method, so that a deep copy binds its own
-            restored.append(Restored(module))
-    return restored + [Restored(module) for module in fuse_products(model)]
+            replaced.append(ReplacedForward(module, forward))
+    return replaced + fuse_products(model)
 
 
 def _chosen(x: Tensor, *modules: Any) -> bool:

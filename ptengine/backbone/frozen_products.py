@@ -16,24 +16,34 @@ from transformers.pytorch_utils import Conv1D
 
 from ptengine.kernels import onednn
 
-__all__ = ["fuse_products", "is_fused"]
+__all__ = ["ReplacedForward", "fuse_products", "is_fused"]
 
 
-def fuse_products(model: nn.Module) -> list[nn.Module]:
-    """Replace the forward of every large plain linear layer on the CPU, GPT-2's transposed kind too; returns those.
+class ReplacedForward:
+    """Puts `forward` in the place of a module's; `remove` puts its class's back."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module = module
+        module.forward = MethodType(forward, module)  # a bound method, so that a deep copy binds its own
+
+    def remove(self) -> None:
+        self.module.__dict__.pop("forward", None)
+
+
+def fuse_products(model: nn.Module) -> list[ReplacedForward]:
+    """Replace the forward of every large plain linear layer on the CPU, GPT-2's transposed kind too.
 
     A module whose forward somebody else has replaced (hooks that move weights do) is left alone, and on a GPU, where
     nothing is gained, so are all: each call would ask in vain.
     """
-    replaced: list[nn.Module] = []
+    replaced = []
     for module in model.modules():
         forward = _FORWARDS.get(type(module))
         if forward is None or "forward" in vars(module):
             continue
         weight: Any = module.weight
         if weight.device.type == "cpu" and weight.numel() >= onednn.LEAST_WEIGHT:
-            module.forward = MethodType(forward, module)  # a bound method, so that a deep copy binds its own
-            replaced.append(module)
+            replaced.append(ReplacedForward(module, forward))
     return replaced
 
 
@@ -51,10 +61,11 @@ def _linear(self: Any, x: Tensor) -> Tensor:
 
 def _conv1d(self: Any, x: Tensor) -> Tensor:
     """Conv1D: weight [d, out]."""
-    if not _taken(x, self.weight.t(), self.bias):
+    weight = self.weight.t()
+    if not _taken(x, weight, self.bias):
         out: Tensor = Conv1D.forward(self, x)
         return out
-    return _product(x, self.weight.t(), self.bias)
+    return _product(x, weight, self.bias)
 
 
 def _taken(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

@@ -104,7 +104,7 @@ def pooled(parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None
 
 @dataclass(frozen=True)
 class Guess:
-    """What rows say about a model that knows nothing but how often their labels are.
+    """What a model scores that knows nothing of rows but how often each label occurs.
 
     Attributes:
         accuracy: of saying the most frequent label every time.

@@ -99,6 +99,7 @@ COIN = Guess(0.5, 0.693)
         (held(9, 0.5), held(7, 0.9), Guess(0.3, 0.693), "transferred"),
         (held(9, 0.5), held(7, 0.9), Guess(0.5, 1.1), "transferred"),
         (held(9, 0.5), held(2, 0.9), COIN, "scratch"),  # clearly another accuracy, and a lower one
+        (held(9, 0.5), held(5, 0.9), Guess(0.9, 0.325), "scratch"),  # though scratch is not clearly better either
         (held(10, 0.5), held(7, 0.9), COIN, "transferred"),  # 4 of 10 more are two standard errors
         (HeldOut(0.5, None), HeldOut(0.8, None), COIN, "transferred"),
     ],
