@@ -19,6 +19,8 @@ constant rates:
     joint         from the selected one, with 0.5 * source loss + 0.5 * target loss: "anchored" in the summary
     joint_all     the same with the rows of all other domains, as `ptengine transfer` takes those of all sources
     anchor        from the selected one, with a penalty on the distance from the start
+    longer        plain, joint, joint_all and anchor again, and distilled from the selected one untouched, each for
+                  three times the steps and read after one, two and three times
     shuffled      plain, from the control prompt of the selected source
     pooled        plain, from one prompt tuned on all other domains' rows together; with `_source_only`, `_joint`,
                   `_anchor` and `_shuffled` the same as above from that prompt
@@ -31,7 +33,7 @@ resample pairs (target, seed).
 One file a pair lies in --out, so a run that was cut off goes on, and `--shard I/N` of N processes share the folder:
 first `--stage sources` (at most N = 2 per method and bank is of use), when all are done `--stage pairs`, then
 `--stage joint`, `--stage pooled`, `--stage controls` (N = 2) and `--stage merge`; without --stage all follow one
-another. With `--minutes` a smaller experiment stops in time.
+another. `--stage longer`, after the pairs, has to be asked for. With `--minutes` a smaller experiment stops in time.
 """
 
 from __future__ import annotations
@@ -52,18 +54,21 @@ from sklearn.naive_bayes import MultinomialNB
 from sklearn.pipeline import make_pipeline
 from train_step import SHARED, environment
 from transfer_lab import KINDS, LANGUAGES, METHODS, POOLED_KINDS, SOURCE_RATES, Fit, Lab
-from transfer_summary import JOINT_ALL, POOLED, POOLED_CONTROLS, RELATED, SCORES, show, summary
+from transfer_summary import JOINT_ALL, LONGER, POOLED, POOLED_CONTROLS, RELATED, SCORES, show, summary
 
 from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingResult
-from ptengine.transfer import Anchor, Guard, Joint, Strategy, transfer
+from ptengine.transfer import Anchor, Distill, Guard, Joint, Strategy, transfer
 from ptengine.transfer.arithmetic import start_from
 from ptengine.transfer.losses import TransferLoss
 
 RATES = (3.0, 1.0, 0.3, 0.1)
 """Of scratch, times the method's own rate, unless told otherwise."""
 STRATEGIES = {"joint": Strategy(joint=Joint(0.5)), "anchor": Strategy(anchor=Anchor(1.0))}
+LONGER_STRATEGIES = {
+    "plain": Strategy(), **STRATEGIES, JOINT_ALL: STRATEGIES["joint"], "distill": Strategy(distill=Distill(1.0))
+}  # fmt: skip
 SHORT = {"shots": [16], "methods": ["soft"], "seeds": 2, "steps": 30, "source_steps": 50, "test_rows": 120,
          "guard_seeds": 1, "max_length": 64}  # fmt: skip
 FULL = {"shots": [16, 32], "methods": ["soft", "deep"], "seeds": 6, "steps": 40, "source_steps": 200, "test_rows": 300,
@@ -162,15 +167,35 @@ def strategies(lab: Lab, key: Key, start: Prompt, rows: Any, settings: Mapping[s
 
 def anchored(lab: Lab, strategy: Strategy, key: Key, start: Prompt, rows: Any, settings: Mapping[str, Any]) -> float:
     """Test accuracy of what `strategy` makes of `start` with the source's `rows`."""
+    return tuned_by(lab, strategy, key, start, rows, settings, 1)[0]
+
+
+def tuned_by(
+    lab: Lab, strategy: Strategy, key: Key, start: Prompt, rows: Any, settings: Mapping[str, Any], times: int
+) -> list[float]:
+    """Test accuracy after one, two, ... `times` times the steps."""
     _, count, target, seed = key
     steps, prompt = settings["steps"], start_from(lab.model, start)
     loss = TransferLoss(
         strategy, model=lab.model, tokenizer=lab.tokenizer, start=start, config=lab.config("unused", seed),
         source_task=lab.task, source_data=rows,
     )  # fmt: skip
-    shots = lab.shots(target, count, seed)
-    lab.fit(Fit(prompt, shots, None, steps, steps, prompt.default_learning_rate(), seed), loss)
-    return lab.accuracy(prompt, lab.encode(target, "test", settings["test_rows"]))
+    shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
+    fit = Fit(prompt, shots, test, times * steps, steps, prompt.default_learning_rate(), seed)
+    return [e["accuracy"] for e in lab.fit(fit, loss).evaluations]
+
+
+def run_longer(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: Path) -> None:
+    """Add to every pair what three times the steps make of the selected prompt, plainly and anchored."""
+    for key in keys:
+        of = json.loads(path_of(out, key).read_text())
+        start = lab.source(key[0], "sources", of["selected"])
+        own, all_others = lab.encode(of["selected"], "train"), lab.other_rows(key[2])
+        scores = {
+            name: tuned_by(lab, strategy, key, start, all_others if name == JOINT_ALL else own, settings, 3)
+            for name, strategy in LONGER_STRATEGIES.items()
+        }
+        add_scores(out, key, of, {LONGER: scores})
 
 
 def run_joint_all(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
@@ -231,7 +256,7 @@ def tuned_from(lab: Lab, kind: str, keys: Sequence[Key], settings: Mapping[str, 
     return {key: result.metrics["accuracy"] for key, result in zip(keys, lab.fit_all(fits), strict=True)}
 
 
-def add_scores(out: Path, key: Key, found: Mapping[str, Any], scores: Mapping[str, float]) -> None:
+def add_scores(out: Path, key: Key, found: Mapping[str, Any], scores: Mapping[str, Any]) -> None:
     write_json_atomic(path_of(out, key), {**found, **scores})
     print(f"{'/'.join(map(str, key))}: {scores}", flush=True)
 
@@ -285,14 +310,19 @@ def bags_of_words(lab: Lab, settings: Mapping[str, Any]) -> dict[str, float]:
 
 
 def merge(
-    out: Path, path: Path, settings: Mapping[str, Any], backbone: Any, commands: Sequence[str], bags: dict[str, float]
+    out: Path,
+    path: Path,
+    settings: Mapping[str, Any],
+    backbone: Any,
+    commands: Sequence[str],
+    bags: Mapping[str, float],
+    sources: Mapping[str, Mapping[str, float]],
 ) -> dict[str, Any]:
     pairs, guards = (
         {file.stem: json.loads(file.read_text()) for file in sorted((out / kind).glob("*.json"))}
         for kind in ("pairs", "guard")
     )
     found = summary(pairs, guards)
-    sources = json.loads((out / "sources.json").read_text()) if (out / "sources.json").exists() else {}
     whole = {
         "commands": commands, "environment": environment(), "settings": settings, "backbone": backbone,
         "source_validation_accuracy": sources, "bag_of_words": bags, "summary": found, "pairs": pairs, "guard": guards,
@@ -318,8 +348,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--shard", default="0/1", metavar="I/N", help="of N processes, the I-th from 0")
     parser.add_argument(
         "--stage",
-        choices=("sources", "pairs", "joint", "pooled", "controls", "merge"),
-        help="controls: of the pooled prompts (default all, one after another)",
+        choices=("sources", "pairs", "joint", "longer", "pooled", "controls", "merge"),
+        help="controls: of the pooled prompts (default all but longer, one after another)",
     )
     parser.add_argument("--minutes", type=float, help="stop in time; also a smaller experiment unless set otherwise")
     parser.add_argument("--shots", type=int, nargs="+", help="per class (default 16 32; 16 with --minutes)")
@@ -389,10 +419,10 @@ def main() -> None:
     if args.stage in (None, "sources") and not args.pooled_only:
         for method, kind in [(m, k) for m in settings["methods"] for k in KINDS][index::count]:
             lab.make_sources(method, kind)
+    groups = list(pair_keys(settings, settings["targets"]))
+    if args.device == "cpu":
+        groups = [[key] for group in groups for key in group]
     if args.stage in (None, "pairs"):
-        groups = list(pair_keys(settings, settings["targets"]))
-        if args.device == "cpu":
-            groups = [[key] for group in groups for key in group]
         for group in groups[index::count]:
             missing = [key for key in group if not path_of(args.out, key).exists()]
             if missing and time.monotonic() < deadline:
@@ -400,12 +430,15 @@ def main() -> None:
         for path, job in [] if args.pooled_only else [*guard_jobs(lab, settings, args.out)][index::count]:
             if not path.exists() and time.monotonic() < deadline:
                 write_json_atomic(path, run_guard(lab, *job, settings))
-        if index == 0 and not args.pooled_only:
-            told = {f"{m}-{k}": lab.source_accuracies(m, k) for m in settings["methods"] for k in KINDS}
-            write_json_atomic(args.out / "sources.json", told)
     if args.stage in (None, "joint") and not args.pooled_only:
         for method in settings["methods"][index::count]:
             run_joint_all(lab, method, settings, args.out, deadline)
+    if args.stage == "longer":
+        for group in groups[index::count]:
+            there = [key for key in group if path_of(args.out, key).exists()]
+            missing = [key for key in there if LONGER not in json.loads(path_of(args.out, key).read_text())]
+            if missing and time.monotonic() < deadline:
+                run_longer(lab, missing, settings, args.out)
     if args.stage in (None, "pooled"):
         for method in settings["methods"][index::count]:
             run_pooled(lab, method, settings, args.out, deadline)
@@ -416,10 +449,12 @@ def main() -> None:
         facts = args.model / "training.json"
         backbone = json.loads(facts.read_text()) if facts.exists() else str(args.model)
         command = "python " + " ".join(["benchmarks/transfer_fewshot.py", *sys.argv[1:]])
-        rows = Lab(LANGUAGES[args.language], None, None, args.data, args.out, settings["max_length"], 0)
-        bags = bags_of_words(rows, settings)
+        lab = Lab(LANGUAGES[args.language], None, None, args.data, args.out / "banks", settings["max_length"], 0)
+        bags = bags_of_words(lab, settings)
         print(f"bag of words: {bags}")
-        show(merge(args.out, args.json, settings, backbone, [command], bags))
+        kinds = [f"{method}-{kind}" for method in settings["methods"] for kind in (*KINDS, *POOLED_KINDS)]
+        sources = {kind: of for kind in kinds if (of := lab.source_accuracies(*kind.split("-", 1)))}
+        show(merge(args.out, args.json, settings, backbone, [command], bags, sources))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ PLAIN_SETTING = "1 x rate, 1 x steps"
 """Scratch as everything else is tuned: what a control may be compared with that has no choice of setting either."""
 ANCHORED = ("joint", "anchor")
 JOINT_ALL = "joint_all"
+LONGER = "longer"
+"""Of a pair: by strategy, what it scored after one, two and three times the steps."""
 RELATED = "related"
 """The source in the name of a guard's pair that took the other domains' prompts."""
 SCORES = ("source_only", "plain", *ANCHORED, "shuffled", "oracle")
@@ -48,6 +50,9 @@ def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping
         scores["scratch"] = [pairs[name]["scratch"][best] for name in names]
         scores["scratch_of_one_setting"] = [pairs[name]["scratch"][PLAIN_SETTING] for name in names]
         found[group] = {"scratch_configuration": best, **compared(scores)}
+        if all(LONGER in pairs[name] for name in names):
+            better = [max(pair) for pair in zip(scores["source_only"], scores["scratch"], strict=True)]
+            found[group][LONGER] = lengthened([pairs[name][LONGER] for name in names], better)
         for of, values in scores.items():
             columns[of] += values
     if columns["scratch"]:
@@ -69,6 +74,28 @@ def guarded(pairs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "kept": {name: sum(of["chosen"] == name for of in pairs) for name in names},
         "accuracy": {name: statistics.mean(of[name] for of in pairs) for name in ("scratch", "kept", "transferred")},
     }
+
+
+def lengthened(pairs: Sequence[Mapping[str, Sequence[float]]], better: Sequence[float]) -> dict[str, Any]:
+    """Every strategy by length, against plain tuning of that length, and each at its best length.
+
+    The best length is the one with the best mean, picked on the test rows for plain tuning, too. `better` is the better
+    of source-only and scratch, pair by pair.
+    """
+    lengths = range(len(pairs[0]["plain"]))
+    scores = {name: [[pair[name][length] for pair in pairs] for length in lengths] for name in pairs[0]}
+    mean = {name: [statistics.mean(of) for of in by_length] for name, by_length in scores.items()}
+    best = {name: max(lengths, key=mean[name].__getitem__) for name in scores}
+    best_plain = scores["plain"][best["plain"]]
+    found: dict[str, Any] = {"accuracy": mean, "over_plain": {}, "best_over_best_plain": {}, "within_1_point": {}}
+    for name, by_length in scores.items():
+        near = ([high - low <= _POINT for low, high in zip(of, better, strict=True)] for of in by_length)
+        found["within_1_point"][name] = [statistics.mean(of) for of in near]  # the share of pairs
+        if name != "plain":
+            over = (paired_interval([*two], gain) for two in zip(by_length, scores["plain"], strict=True))
+            found["over_plain"][name] = [interval.to_json() for interval in over]
+            found["best_over_best_plain"][name] = paired_interval([by_length[best[name]], best_plain], gain).to_json()
+    return found
 
 
 def compared(scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -122,5 +149,7 @@ def show(found: Mapping[str, Any]) -> None:
             told = [f"{m} {100 * v['value']:+.2f} [{100 * (v['low'] or 0):+.2f}, {100 * (v['high'] or 0):+.2f}]"
                     for m, v in measures.items() if m in ("absolute_gain", "shuffled_gain", "wins")]  # fmt: skip
             print(f"  {name}: " + ", ".join(told))
+        if LONGER in of:
+            print(f"  {LONGER}: {json.dumps(of[LONGER])}")
         if "selection_share_of_oracle_gain" in of:
             print(f"  selection's share of the oracle's gain: {of['selection_share_of_oracle_gain']}")

@@ -115,6 +115,20 @@ def test_controls_are_also_compared_with_scratch_of_their_own_setting() -> None:
     assert found["shuffled_over_scratch_of_its_setting"]["shuffled"]["value"] == pytest.approx(0.0)
 
 
+def test_longer_runs_are_compared_at_equal_and_at_their_best_lengths() -> None:
+    """Plain tuning at its own best, which is its first length here: a strategy that only overfits later gains less."""
+    pairs = {f"soft-16-music-{seed}": pair({ONE: 0.5}, 0.7, source_only=0.745) for seed in range(2)}
+    longer = {"plain": [0.74, 0.70, 0.60], "joint": [0.70, 0.75, 0.73]}
+    pairs["soft-16-music-0"]["longer"] = longer
+    assert "longer" not in transfer_summary.summary(pairs, {})["soft-16"]
+    pairs["soft-16-music-1"]["longer"] = {"plain": [0.76, 0.80, 0.60], "joint": [0.72, 0.77, 0.75]}
+    found = transfer_summary.summary(pairs, {})["soft-16"]["longer"]
+    assert found["accuracy"]["plain"] == pytest.approx([0.75, 0.75, 0.60])
+    assert [of["value"] for of in found["over_plain"]["joint"]] == pytest.approx([-0.04, 0.01, 0.14])
+    assert found["best_over_best_plain"]["joint"]["value"] == pytest.approx(0.01)
+    assert found["within_1_point"] == {"plain": [1.0, 0.5, 0.0], "joint": [0.0, 1.0, 0.5]}
+
+
 def test_a_pooled_prompt_sees_every_domain_but_its_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the controls' labels are shuffled in both splits, as they are in no other kind."""
     lab = Lab(LANGUAGES["zh"], None, None, Path(), Path(), 32, 0)

@@ -96,3 +96,22 @@ def test_sweep_of_a_bert_model_gives_every_run_a_head_of_its_own(
     stored = load_file(tmp_path / "peft" / "adapter_model.safetensors")
     own = load_file(output / "prompt" / "prompt.safetensors")
     assert any(torch.equal(tensor, own["head.classifier/weight"]) for tensor in stored.values())
+
+
+def test_a_head_starts_from_the_seed_in_a_sweep_as_in_a_run_alone(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The one is filled in by transformers when the model is loaded, the others are made by `HeadedPrompt`."""
+    arguments = (
+        "tune", "--model", world.bert, "--train", world.train, "--eval", world.test, "--text-column", "text",
+        "--method", "prefix", "--num-virtual-tokens", "3", "--max-steps", "2", "--per-device-train-batch-size", "4",
+    )  # fmt: skip
+    assert call(*arguments, "--seeds", "4,5", "--output", tmp_path / "sweep").status == 0
+    assert call(*arguments, "--seed", "5", "--output", tmp_path / "alone").status == 0
+    from safetensors.torch import load_file
+
+    (folder,) = (tmp_path / "sweep").glob("seed-5-*")
+    one = load_file(folder / "prompt" / "prompt.safetensors")
+    other = load_file(tmp_path / "alone" / "prompt" / "head.safetensors")
+    for name in ("classifier.weight", "classifier.bias"):
+        assert torch.allclose(one[f"head.{name.replace('.', '/')}"], other[name], atol=1e-4)
