@@ -11,7 +11,8 @@ from pathlib import Path
 from ptengine.cli import make_parser
 from ptengine.commands import COMMANDS
 
-README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
@@ -43,3 +44,18 @@ def test_command_lines_parse() -> None:
 def test_every_command_is_listed() -> None:
     for command in COMMANDS:
         assert f"| `ptengine {command}` |" in README
+
+
+def test_links_and_scripts_are_there() -> None:
+    """Tables and figures moved between the two files, and with them the folder that links start from."""
+    found = 0
+    for folder in (ROOT, ROOT / "benchmarks"):
+        text = (folder / "README.md").read_text(encoding="utf-8")
+        links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if "://" not in link]
+        scripts = [ROOT / path for path in re.findall(r"\bbenchmarks/\w+\.(?:py|sh)", text)]
+        if folder != ROOT:
+            scripts += [folder / name for name in re.findall(r"`(\w+\.py)`", text)]
+        missing = [str(path) for path in (*(folder / link for link in links), *scripts) if not path.exists()]
+        assert not missing
+        found += len(links) + len(scripts)
+    assert found > 40
