@@ -178,7 +178,7 @@ def tuned_by(
     steps, prompt = settings["steps"], start_from(lab.model, start)
     loss = TransferLoss(
         strategy, model=lab.model, tokenizer=lab.tokenizer, start=start, config=lab.config("unused", seed),
-        source_task=lab.task, source_data=rows,
+        task=lab.task, source_task=lab.task, source_data=rows,
     )  # fmt: skip
     shots, test = lab.shots(target, count, seed), lab.encode(target, "test", settings["test_rows"])
     fit = Fit(prompt, shots, test, times * steps, steps, prompt.default_learning_rate(), seed)

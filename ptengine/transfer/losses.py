@@ -48,7 +48,7 @@ class TransferLoss:
         model, tokenizer: the frozen backbone.
         start: the prompt that `Anchor` and `Distill` refer to, and whose length the source rows must fit beside.
         config: of the run; its batch sizes, seed, lengths and precision also hold for the source.
-        task: the target's, for `SelfTrain`.
+        task: the target's, for `SelfTrain`, and for `Distill` where the task trains a head.
         source_task, source_data: for `Joint`.
         likeness: what `Distill` multiplies its weight by.
         taught: what `start` says of unlabelled texts (`ptengine.transfer.self_training.teach`), for `SelfTrain`.
@@ -215,7 +215,10 @@ class _DistillTerm:
         head: SequenceObjective | None,
     ) -> None:
         if spec.lm_head is None and head is None:
-            raise InputError(f"expected a model with a language-modelling head to distil, got {type(model).__name__}")
+            raise InputError(
+                "expected a model with a language-modelling head, or a task of sequence classification, to distil, got "
+                f"{type(model).__name__} without such a task"
+            )
         self._settings = settings
         self._weight = settings.weight * likeness
         self._model = model
