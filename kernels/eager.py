@@ -16,6 +16,7 @@ from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 __all__ = ["is_traced", "shortcut"]
 
@@ -42,6 +43,10 @@ def shortcut(
             those of the others are None or zeros. None where the operator has no derivative; a call that is to be
             differentiated then goes to the operator, whose error in the backward pass says so.
         writes: the place of the one argument that is changed, if any is.
+
+    Raises:
+        NotImplementedError: by the function it gives, where an argument has a forward-mode tangent: neither way would
+            carry it on, and what else a model adds to it would be a wrong derivative.
     """
     hints = list(get_type_hints(function).values())[:-1]  # the last is the result's
     accepted = [_types(hint) for hint in hints]
@@ -51,13 +56,15 @@ def shortcut(
         node = _node(function, setup_context, backward)
 
     def call(*args: Any) -> Any:
+        if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+            _refuse_tangents(function, args)
         if is_traced() or not all(map(contains, accepted, map(type, args))) or args[0].is_meta:
             return operator(*args)
         if torch.is_grad_enabled() and any(args[i] is not None and args[i].requires_grad for i in tensors):
             return operator(*args) if node is None else node.apply(*args)
         if writes is not None:
             torch.autograd.graph.increment_version(args[writes])
-        with torch._C._AutoDispatchBelowAutograd():  # as an operator: forward-mode tangents do not get in half-way
+        with torch._C._AutoDispatchBelowAutograd():  # as an operator
             return function(*args)
 
     return call
@@ -76,6 +83,15 @@ def is_traced() -> bool:
         or torch._C._len_torch_function_stack() > 0
         or torch.jit.is_tracing()
     )
+
+
+def _refuse_tangents(function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    if any(isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None for x in args):
+        raise NotImplementedError(
+            f"expected no forward-mode derivative (torch.func.jvp, jacfwd, dual tensors) through "
+            f"{function.__module__.removesuffix('.operators')}, which has a backward pass alone; backend='reference' "
+            "has both"
+        )
 
 
 def _types(hint: Any) -> frozenset[type]:

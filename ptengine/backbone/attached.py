@@ -25,13 +25,21 @@ from transformers import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ptengine.backbone.attached_pairs import PairHooks
-from ptengine.backbone.attached_rows import StockContext, in_row, padded_left, text_part, with_offsets
+from ptengine.backbone.attached_rows import (
+    StockContext,
+    in_row,
+    padded_left,
+    text_part,
+    with_offsets,
+    without_first,
+)
 from ptengine.backbone.attention import KEYWORD
 from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens, require_seen, seen_slots
 from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
 from ptengine.backbone.in_row import carries_its_prompt
+from ptengine.backbone.kept_lowering import KeptLowering, adapter_states
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
 from ptengine.backbone.patching import no_mask, patched, require_patched
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -54,27 +62,30 @@ class _Attachment:
     prompt: nn.Module
     is_prefix: bool
     active: bool = True
-    # The circumstances and the numbers that the kept lowering was computed from, and the lowering itself.
-    kept: tuple[tuple[Any, ...], list[Tensor], FixedPrompt] | None = None
+    kept: KeptLowering | None = None
 
     def lowered(self, spec: BackboneSpec) -> FixedPrompt:
         """The prompt as this call reads it: with its graph where gradients are wanted, else computed once."""
         sources = [*self.prompt.parameters(), *self.prompt.buffers()]
         learns = self.prompt.training and any(source.requires_grad for source in sources)
-        if any(parameter.requires_grad for parameter in self.host.model.parameters()):
+        weights = list(self.host.model.parameters())
+        if any(one.requires_grad for one in weights):
             return self._lower(spec, learns)  # a model that learns too may differ in every call
         if learns and torch.is_grad_enabled():
             return self._lower(spec, learns)
         weight = spec.word_embeddings.weight
         half = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
-        state = (weight.device, weight.dtype, half, self.prompt.training)
+        state: tuple[Any, ...] = (weight.device, weight.dtype, half, self.prompt.training)
+        if self.is_prefix or spec.kind != "causal":
+            weights = []  # which it does not depend on
+        else:
+            state += (*(one.is_inference() or one._version for one in weights), *adapter_states(self.host.model))
         kept = self.kept
-        # By their numbers: fused optimisers and changes through `.data` do not count in a tensor's version.
-        if kept is None or kept[0] != state or not _equal(kept[1], sources):
+        if kept is None or not kept.serves(state, sources, weights):
             with torch.no_grad():
                 copies = [source.clone() for source in sources]
-                kept = self.kept = (state, copies, self._lower(spec, False))
-        return kept[2]
+                kept = self.kept = KeptLowering(state, copies, weights, self._lower(spec, False))
+        return kept.lowered
 
     def _lower(self, spec: BackboneSpec, learns: bool) -> FixedPrompt:
         device = spec.word_embeddings.weight.device
@@ -101,10 +112,20 @@ class _Host:
     handles: list[Any] = field(default_factory=list)
     layers: list[GradientCheckpointingLayer] = field(default_factory=list)
     names: dict[nn.Module, list[str]] = field(default_factory=dict)  # of the arguments of the modules with hooks
+    # Of the call under way: `yes`, whether it came to the prompt; `places`, where an encoder's row has its text.
     reached: threading.local = field(default_factory=threading.local)
     training: list[tuple[nn.Module, bool]] = field(default_factory=list)
     requires_grad: list[tuple[nn.Parameter, bool]] = field(default_factory=list)
     prepare: tuple[Any, dict[str, Any]] | None = None  # our wrapper, and the instance's own attribute before it
+
+    def __deepcopy__(self, _: dict[int, Any]) -> _Host:
+        return self.__reduce__()
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            f"expected a {type(self.model).__name__} without an attached prompt to copy or pickle: do so before the "
+            "block or after it"
+        )
 
     def install(self) -> None:
         self.patching.enter_context(patched(self.model))
@@ -138,7 +159,8 @@ class _Host:
     def _guard(self, wrap: Any) -> None:
         """Hooks on the head, and a wrapper around what prepares a step of `generate`."""
         if self.model is not self.base:
-            self.handles.append(self.model.register_forward_pre_hook(self._begin))
+            self.names[self.model] = list(inspect.signature(type(self.model).forward).parameters)[1:]
+            self.handles.append(self.model.register_forward_pre_hook(self._begin, with_kwargs=True))
             self.handles.append(self.model.register_forward_hook(self._end))
         if hasattr(self.model, _PREPARE):
             before = {name: value for name, value in vars(self.model).items() if name == _PREPARE}
@@ -183,8 +205,14 @@ class _Host:
             "here too, or call through the object that `attached` gave the other thread"
         )
 
-    def _begin(self, *_: Any) -> None:
+    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.reached.yes = False
+        spec = require_patched(self.model)
+        if spec.kind != "causal" or spec.lm_head is None:
+            return None
+        call = dict(zip(self.names[model], args, strict=False)) | kwargs
+        labels = without_first(call.get("labels"), call.get("attention_mask"))
+        return None if labels is None else ((), call | {"labels": labels})
 
     def _end(self, *_: Any) -> None:
         """Never an answer that has not seen the prompt."""
@@ -221,7 +249,8 @@ class _Host:
         if lowered.input_offsets is not None:
             call = with_offsets(call, batch, lowered, spec)
         if isinstance(lowered, VirtualTokens):
-            return (), in_row(call, batch, lowered, spec)
+            call, *self.reached.places = in_row(call, batch, lowered, spec)
+            return (), call
         call["position_ids"] = batch.positions + spec.first_position
         context = _context(spec, lowered, batch)
         context = replace(context, key_slots=seen_slots(call.get("past_key_values"), shape[1]))
@@ -246,7 +275,8 @@ class _Host:
         if context is not None:
             return text_part(spec, out, context.first, moved=context.moved)
         size: Any = attachment.prompt.num_virtual_tokens
-        return text_part(spec, out, kwargs["attention_mask"][:, size:].argmax(1), skip=size)
+        first, moved = self.reached.places
+        return text_part(spec, out, first, moved=moved, skip=size)
 
     def _recomputes(self) -> bool:
         """Whether layers recompute themselves in the backward pass of this call."""
@@ -444,9 +474,3 @@ def _context(spec: BackboneSpec, lowered: KeyValuePrefix | GatedTokens, batch: S
         return StockContext(gated=gated_parts(spec, [lowered], every_row), key_starts=batch.starts)
     keys, values, _lengths = stack_prefixes([lowered], spec.word_embeddings.weight.device)
     return StockContext(keys=keys, values=values, key_starts=batch.starts)
-
-
-def _equal(before: list[Tensor], now: list[Tensor]) -> bool:
-    return len(before) == len(now) and all(
-        x.device == y.device and x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(before, now, strict=True)
-    )

@@ -20,7 +20,9 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.stock_batch import StockBatch
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["StockContext", "gather_slots", "in_row", "padded_left", "text_part", "with_offsets"]
+__all__ = ["StockContext", "gather_slots", "in_row", "padded_left", "text_part", "with_offsets", "without_first"]
+
+_IGNORED = -100  # the label that the losses of transformers leave out
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,15 @@ def with_offsets(call: dict[str, Any], batch: StockBatch, lowered: FixedPrompt, 
     return call | {"input_ids": None, "inputs_embeds": embeds}
 
 
-def in_row(call: dict[str, Any], batch: StockBatch, virtual: VirtualTokens, spec: BackboneSpec) -> dict[str, Any]:
-    """The call of a bidirectional model with P virtual tokens before the T slots of every row: [B, P + T]."""
+def in_row(
+    call: dict[str, Any], batch: StockBatch, virtual: VirtualTokens, spec: BackboneSpec
+) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+    """The call of a bidirectional model with P virtual tokens before the T slots of every row: [B, P + T].
+
+    Texts behind padding are moved to where the virtual tokens end: a window of attention counts slots. Returns also
+    each row's first slot with a token as it was given, int64 [B], and where each slot was put, int64 [B, T], or None;
+    both are for `text_part`.
+    """
     text = call.pop("inputs_embeds", None)  # [B, T, d]
     ids = call.pop("input_ids", None)
     if text is None:
@@ -58,19 +67,24 @@ def in_row(call: dict[str, Any], batch: StockBatch, virtual: VirtualTokens, spec
     rows, size, device = text.shape[0], virtual.num_virtual_tokens, text.device
     embeds = virtual.embeds.to(device=device, dtype=text.dtype).expand(rows, -1, -1)  # [B, P, d]
     kept = torch.ones(text.shape[:2], dtype=torch.bool, device=device) if batch.kept is None else batch.kept  # [B, T]
+    first, moved, positions = kept.int().argmax(1), None, batch.positions
+    if batch.starts is not None and spec.path == "shared":
+        front = kept.int().argsort(dim=1, descending=True, stable=True)  # [B, T], where each slot's token comes from
+        text, kept, positions = (gather_slots(x, front) for x in (text, kept, positions))
+        if call.get("token_type_ids") is not None:
+            call["token_type_ids"] = gather_slots(call["token_type_ids"].expand(rows, -1), front)
+        moved = front.argsort(1)
     call["inputs_embeds"] = torch.cat([embeds, text], dim=1)
     call["attention_mask"] = torch.cat([kept.new_ones(rows, size), kept], dim=1).long()
     if spec.path == "shared":
-        positions = torch.cat(
-            [torch.arange(size, device=device).expand(rows, -1), batch.positions], dim=1
-        )  # [B, P + T]
-        call["position_ids"] = positions + spec.first_position
+        virtual_positions = torch.arange(size, device=device).expand(rows, -1)  # [B, P]
+        call["position_ids"] = torch.cat([virtual_positions, positions], dim=1) + spec.first_position  # [B, P + T]
     else:
         _require_counted(call, batch, spec)
     if call.get("token_type_ids") is not None:
         types = call["token_type_ids"]  # [B, T]
         call["token_type_ids"] = torch.cat([types.new_zeros(rows, size), types], dim=1)
-    return call
+    return call, first, moved
 
 
 def _require_counted(call: dict[str, Any], batch: StockBatch, spec: BackboneSpec) -> None:
@@ -139,6 +153,18 @@ def text_part(spec: BackboneSpec, out: Any, first: Tensor | None, *, moved: Tens
         first_token = gather_slots(out["last_hidden_state"], first[:, None])  # [B, 1, d]
         out["pooler_output"] = pooled(spec.base_model, first_token, spec.pooling)
     return out
+
+
+def without_first(labels: Any, mask: Any) -> Tensor | None:
+    """Labels [B, T] of a causal model without those of first tokens behind padding; None where the call has no such.
+
+    The stock loss would take a padding slot's hidden state for what predicts them.
+    """
+    if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != labels.shape:
+        return None
+    first = (mask != 0).int().argmax(1, keepdim=True).to(labels.device)  # [B, 1], 0 in a row without padding before it
+    kept = labels.gather(1, first).masked_fill(first > 0, _IGNORED)
+    return labels.scatter(1, first, kept)
 
 
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:

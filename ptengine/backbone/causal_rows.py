@@ -60,6 +60,11 @@ class RowPrompts:
         return chosen, sizes[chosen]
 
 
+class _Inside(threading.local):
+    def __deepcopy__(self, _: dict[int, Any]) -> _Inside:
+        return _Inside()
+
+
 class CausalRows:
     """Hooks on a causal model that runs prompts in the row.
 
@@ -72,7 +77,7 @@ class CausalRows:
     def __init__(self, model: Any, spec: Callable[[], BackboneSpec], current: Callable[[], RowPrompts | None]) -> None:
         self._model, self._spec, self._current = model, spec, current
         # `module`, whose call is under way, and `seen`: virtual slots before its text, all of the text's, its prompts
-        self._inside = threading.local()
+        self._inside = _Inside()
         self._names: dict[nn.Module, list[str]] = {}
 
     def install(self, base: nn.Module) -> list[Any]:

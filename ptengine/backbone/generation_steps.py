@@ -22,7 +22,7 @@ from ptengine.backbone.caches import filled_slots, seen_slots
 from ptengine.backbone.input_offsets import add_offsets
 from ptengine.backbone.spec import BackboneSpec
 
-__all__ = ["with_prefix", "wrap_prepare"]
+__all__ = ["BehindPrefix", "with_prefix"]
 
 
 @dataclass(frozen=True)
@@ -57,12 +57,22 @@ def with_prefix(
         _generating.reset(token)
 
 
-def wrap_prepare(prepare: Callable[..., dict[str, Any]], spec: BackboneSpec) -> Callable[..., dict[str, Any]]:
-    """`prepare_inputs_for_generation` that adds the prefix and the positions behind it to the inputs of every step."""
+class BehindPrefix:
+    """`prepare_inputs_for_generation` that adds the prefix and the positions behind it to the inputs of every step.
 
-    @functools.wraps(prepare)
-    def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = prepare(input_ids, *args, **kwargs)
+    An object and no closure: a deep copy of the model has one of its own, for its own embeddings.
+
+    Args:
+        prepare: the model's, bound to it.
+        spec: the model's facts.
+    """
+
+    def __init__(self, prepare: Callable[..., dict[str, Any]], spec: BackboneSpec) -> None:
+        functools.update_wrapper(self, prepare, assigned=("__name__", "__doc__"), updated=())  # and its signature
+        self._prepare, self._spec = prepare, spec
+
+    def __call__(self, input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        spec, inputs = self._spec, self._prepare(input_ids, *args, **kwargs)
         active = _generating.get()
         if active is None or active.word_embeddings is not spec.word_embeddings:
             return inputs
@@ -86,5 +96,3 @@ def wrap_prepare(prepare: Callable[..., dict[str, Any]], spec: BackboneSpec) -> 
             inputs["inputs_embeds"] = add_offsets(embeds, active.offsets, prompts, (positions - shift)[:, -step:])
             inputs["input_ids"] = None
         return inputs
-
-    return wrapped

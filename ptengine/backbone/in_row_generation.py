@@ -117,16 +117,28 @@ def row_hooks(model: Any, base: nn.Module) -> list[Any]:
 
 
 def _calls(model: Any, base: nn.Module) -> CausalRows:
-    def here() -> _Call | None:
-        call = _here.get()
-        return call if call is not None and call.spec.base_model is base else None
+    here = _OfBase(base)
+    return CausalRows(model, here.spec, here.rows)
 
-    def spec() -> BackboneSpec:
-        call = here()
+
+@dataclass(frozen=True, eq=False)
+class _OfBase:
+    """What the call under way in this thread has for the model of `base`: methods, so that a deep copy has its own."""
+
+    base: nn.Module
+
+    def _call(self) -> _Call | None:
+        call = _here.get()
+        return call if call is not None and call.spec.base_model is self.base else None
+
+    def spec(self) -> BackboneSpec:
+        call = self._call()
         assert call is not None  # asked for behind prompts alone
         return call.spec
 
-    return CausalRows(model, spec, lambda: None if (call := here()) is None else call.rows)
+    def rows(self) -> RowPrompts | None:
+        call = self._call()
+        return None if call is None else call.rows
 
 
 def _groups(

@@ -7,11 +7,12 @@ encoders under a head and of modules that have faster equals. No class is touche
 
 from __future__ import annotations
 
+import copy
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 from weakref import WeakSet
 
@@ -22,7 +23,7 @@ from ptengine.backbone import families, last_layer, proof, seq2seq_proof
 from ptengine.backbone.activations import fuse_activations
 from ptengine.backbone.attention import IMPLEMENTATION, KEYWORD, PLACES, Observed, PrefixContext
 from ptengine.backbone.frozen_layers import fuse_layers
-from ptengine.backbone.generation_steps import wrap_prepare
+from ptengine.backbone.generation_steps import BehindPrefix
 from ptengine.backbone.heads import PreparedForward, TappedHead, tapping
 from ptengine.backbone.in_row_generation import row_hooks
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
@@ -55,6 +56,15 @@ class _State:
     handles: list[Any] = field(default_factory=list)
     prepare: dict[str, Any] = field(default_factory=dict)  # the instance's own attribute, where somebody had set one
     blocks: int | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _State:
+        return _State(*(copy.deepcopy(getattr(self, one.name), memo) for one in fields(self)))
+
+    def __reduce__(self) -> Any:
+        raise InputError(
+            "expected a stock model to pickle, got one that ptengine has patched: call ptengine.unpatch first, or "
+            "save its state_dict"
+        )
 
 
 def patch(model: Any) -> Any:
@@ -127,7 +137,7 @@ def _install(model: Any, spec: BackboneSpec, facts: proof.Facts | None, stock: S
                 hint = _left_out(observed, state.implementations)
                 raise (_StockDoubtful if hint else UnsupportedModelError)(f"{error}{hint}") from error
         if spec.kind == "causal" and hasattr(model, _PREPARE):  # models without a head do not generate
-            setattr(model, _PREPARE, wrap_prepare(getattr(model, _PREPARE), spec))
+            setattr(model, _PREPARE, BehindPrefix(getattr(model, _PREPARE), spec))
     except BaseException:
         unpatch(model)
         raise

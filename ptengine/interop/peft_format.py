@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,9 @@ def save_peft(
             ``"P_TUNING"`` (folded: PEFT infers with it, but would train an encoder that starts at random) or
             ``"MULTITASK_PROMPT_TUNING"`` (rank P: columns are the identity, rows the prompts, the shared prompt ones);
             a prefix ``"PREFIX_TUNING"`` (None means this) or ``"CARTRIDGE"`` (no frozen tokens). All give the same
-            logits. Of an encoder-decoder PROMPT_TUNING, P_TUNING and PREFIX_TUNING are written.
+            logits, but for SEQ_CLS of an encoder behind a soft prompt: PEFT's model classifies by the row's first slot,
+            a virtual token, ptengine's by the text's first token. Such a checkpoint is written with a UserWarning. Of
+            an encoder-decoder PROMPT_TUNING, P_TUNING and PREFIX_TUNING are written.
 
     Returns:
         The directory.
@@ -132,6 +135,8 @@ def save_peft(
             own = headed[0].head_weights()
             head = {name: own[name] for name in head}
         tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in head.items()}
+    if task_type == "SEQ_CLS" and kind == "encoder" and peft_type in SOFT_TYPES:
+        _warn_of_pooling(f"{peft_type} is written for {facts.model_type!r}")
     count = prompts[0].num_virtual_tokens
     config: dict[str, Any] = {
         "auto_mapping": None,
@@ -203,7 +208,8 @@ def load_peft(
         model: the backbone.
         load_head: a checkpoint of classification (of texts or tokens) or question answering carries the head that was
             trained with the prompt; it is copied into the head of `model`, in place. False leaves the model as it is
-            and drops that head.
+            and drops that head. A head of SEQ_CLS on an encoder behind virtual tokens has learned another slot than it
+            is given here (see `save_peft`), which a UserWarning says.
         task_id: which task of MULTITASK_PROMPT_TUNING, from 0; for other methods None.
 
     Returns:
@@ -244,6 +250,8 @@ def load_peft(
     except InputError as error:
         raise InputError(f"{directory / WEIGHTS_NAME}: {error}") from error
     head = _checked_head(tensors, model, config.get("task_type")) if load_head else {}
+    if head and config.get("task_type") == "SEQ_CLS" and spec.kind == "encoder" and not is_prefix:
+        _warn_of_pooling(f"the head in {str(directory)!r} was trained by PEFT")
 
     described = {"num_virtual_tokens": count, "init": "array"}
     device = spec.word_embeddings.weight.device
@@ -262,6 +270,14 @@ def load_peft(
         for parameter, tensor in head.values():
             parameter.copy_(tensor)
     return prompt.to(device)
+
+
+def _warn_of_pooling(what: str) -> None:
+    warnings.warn(
+        f"{what}, whose model classifies a row by its first slot, a virtual token; ptengine classifies by the text's "
+        "first token, so the logits differ (those of a prefix do not)",
+        stacklevel=3,
+    )
 
 
 def _write(directory: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

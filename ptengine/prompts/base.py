@@ -111,9 +111,10 @@ class Prompt(nn.Module):
           the cache, which therefore is not static, and are taken out of hidden states and logits. Padding on a side
           that changes such a model's numbers is refused, as are `token_type_ids`.
         - **Gradients.** In training mode with gradients enabled the prompt runs anew in every call. Otherwise its keys
-          and values are computed once and kept until a parameter changes or the block ends. `freeze` takes the
-          gradients of the model's own parameters away inside the block; with ``freeze=False`` those that require one,
-          such as a head or a LoRA, get theirs: hand them to the optimiser beside the prompt's.
+          and values are computed once and kept until a parameter of the prompt or the model changes, adapters of PEFT
+          inside the model are switched, or the block ends; a change of the model's weights through ``.data`` is not
+          seen. `freeze` takes the gradients of the model's own parameters away inside the block; with ``freeze=False``
+          those that require one, such as a head or a LoRA, get theirs: hand them to the optimiser beside the prompt's.
         - **Modes.** Calls of the yielded module run the backbone in eval mode, without dropout. Calls of the model
           itself leave its mode alone; attention dropout is refused. Gradient checkpointing must be non-reentrant.
         - **Encoders.** Virtual tokens stand in every row and are taken out of the output; the pooler reads the text's
