@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import io
 import json
 import os
 import signal
@@ -103,10 +104,17 @@ def _run(arguments: list[str]) -> int:
 
 def _print(outcome: Outcome, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(outcome.data, allow_nan=False, ensure_ascii=False))
+        text = json.dumps(outcome.data, allow_nan=False, ensure_ascii=False)
+        try:
+            text.encode(sys.stdout.encoding or "utf-8")
+        except UnicodeEncodeError:  # a terminal of few letters, or the name of a file that is no UTF-8
+            text = json.dumps(outcome.data, allow_nan=False)
+        print(text)
         return
     from rich.console import Console
 
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(markup=False, highlight=False, emoji=False, soft_wrap=True)
     for part in outcome.shown:
         console.print(part)
@@ -130,21 +138,44 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=34, width=110)
 
 
+_PATIENCE = 2.0
+"""Seconds until an exit that has not got through is asked for again: far more than tidying up takes."""
+
+
 @contextlib.contextmanager
 def _termination() -> Iterator[None]:
-    """SIGTERM unwinds the stack, so temporary files go, and exits 143; a training run handles it itself meanwhile."""
+    """SIGTERM unwinds the stack, so temporary files go, and exits 143; a training run handles it itself meanwhile.
+
+    Python discards an exit that is raised inside a finaliser, and some libraries make something else of one that is
+    raised inside their imports or callbacks: it is asked for again, and whatever came of it the status is 143.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    received, over = threading.Event(), threading.Event()
+
+    def insist() -> None:
+        while not over.wait(_PATIENCE):
+            # To the thread that is to go, whose waiting a signal then ends; another's would go on.
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
+        if not received.is_set():
+            received.set()
+            threading.Thread(target=insist, daemon=True).start()
         sys.exit(128 + number)
 
     previous = signal.signal(signal.SIGTERM, leave)
     try:
         yield
+    except BaseException:
+        if not received.is_set():
+            raise
     finally:
+        over.set()
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+    if received.is_set():
+        sys.exit(128 + signal.SIGTERM)
 
 
 @contextlib.contextmanager

@@ -61,6 +61,17 @@ def write_atomic(path: str | os.PathLike[str], content: Content) -> Path:
     return path
 
 
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """An error of the disk, which does not know whose bytes it had no room for, names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_together(directory: str | os.PathLike[str], contents: Mapping[str, Content]) -> None:
     """Replace several files of one directory: all are written and fsynced first, then renamed in the order given.
 
@@ -75,7 +86,7 @@ def write_together(directory: str | os.PathLike[str], contents: Mapping[str, Con
     try:
         for name, content in contents.items():
             handle, staged[name] = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{name}-", dir=directory)
-            with os.fdopen(handle, "wb") as file:
+            with _naming(directory / name), os.fdopen(handle, "wb") as file:
                 if callable(content):
                     content(file)
                 else:

@@ -346,6 +346,7 @@ def _padding_token(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> int:
     """Padding is masked, so any token will do; the declared one is used where there is one."""
     candidates = (
         kwargs.get("pad_token_id"),
+        getattr(kwargs.get("generation_config"), "pad_token_id", None),
         getattr(tokenizer, "pad_token_id", None),
         model.generation_config.pad_token_id,
         getattr(tokenizer, "eos_token_id", None),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import inspect
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -129,14 +126,14 @@ def run(args: argparse.Namespace) -> Outcome:
         _check_test(args, config, task, tokenizer, prompt, model)
     if args.resume is not False:
         _check_recipe(output, recipe)
-    with _undone_on_bad_input(output):
-        if is_sweep(args):
-            data, lines, prompt = run_sweep(args, config, recipe, model, tokenizer, make_prompt)
-        else:
-            trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
-            # Only then: a run that is refused must not say of the one that is there which model it was for.
-            data = _describe(args, trainer.fit(resume=args.resume, on_start=lambda: recipe.write(output)))
-            lines = _run_lines(data)
+        _check_unfinished(output, args.resume)
+    if is_sweep(args):
+        data, lines, prompt = run_sweep(args, config, recipe, model, tokenizer, make_prompt)
+    else:
+        trainer = Trainer(model, prompt, args.train, args.eval, config, task=task, tokenizer=tokenizer)
+        # Only then: a run that is refused must not say of the one that is there which model it was for.
+        data = _describe(args, trainer.fit(resume=args.resume, on_start=lambda: recipe.write(output)))
+        lines = _run_lines(data)
     if args.test is not None and prompt is not None:
         judged = evaluate(
             model,
@@ -151,18 +148,6 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(data, (*lines, *_end_lines(args.output, data, task)), status=0 if prompt is not None else 1)
 
 
-@contextlib.contextmanager
-def _undone_on_bad_input(output: Path) -> Iterator[None]:
-    """The trainer refuses a checkpoint that does not fit only once the folder is made: leave no new folder then."""
-    is_new = not output.exists()
-    try:
-        yield
-    except InputError:
-        if is_new and output.exists():
-            shutil.rmtree(output)
-        raise
-
-
 def _check_recipe(output: Path, recipe: Recipe) -> None:
     """A resumed run must be of the task that the folder says it is."""
     from ptengine.commands.recipe import RECIPE_NAME
@@ -170,6 +155,17 @@ def _check_recipe(output: Path, recipe: Recipe) -> None:
     path = output / RECIPE_NAME
     if path.is_file() and recipe.read(path).task != recipe.task:
         raise InputError(f"expected the task of the run to go on with, as in {str(path)!r}, got another one")
+
+
+def _check_unfinished(output: Path, resume: bool | str) -> None:
+    """A finished run without checkpoints would start anew and be replaced, by one of whatever settings."""
+    from ptengine.training.checkpoints import checkpoint_steps
+
+    if resume is True and (output / "prompt").exists() and not checkpoint_steps(output):
+        raise InputError(
+            f"expected a checkpoint to go on from in {str(output)!r}, got the prompt of a finished run and none: "
+            "another --output starts a new run"
+        )
 
 
 def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: Any, prompt: Any, model: Any) -> None:

@@ -126,8 +126,16 @@ def fingerprint_model(model: nn.Module, skip: set[str] | frozenset[str] = frozen
 
 def _settings(prompt: Prompt | None) -> dict[str, Any]:
     """What decides the formula besides the tensors' shapes; where a prompt started from is past."""
-    described = {} if prompt is None else prompt.config()
-    return {name: value for name, value in described.items() if name not in _PAST}
+    return {} if prompt is None else _without_past(prompt.config())
+
+
+def _without_past(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the prompt inside another one, too."""
+    return {
+        name: _without_past(value) if isinstance(value, dict) else value
+        for name, value in described.items()
+        if name not in _PAST
+    }
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, Any]:

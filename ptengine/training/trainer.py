@@ -373,6 +373,8 @@ def _start(plan: Plan, resume: Resume) -> Checkpoint | None:
     """The checkpoint to go on from, found fit for it; None starts anew."""
     checkpoint = starting_point(plan.output_dir, resume, TRACES)
     if checkpoint is not None:
+        if "runs" in checkpoint.state:
+            raise InputError(f"expected a checkpoint of a single run, got {str(checkpoint.path)!r}, one of a PromptSet")
         require_exact(checkpoint.state, plan, str(checkpoint.path))
     return checkpoint
 

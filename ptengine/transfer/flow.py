@@ -14,6 +14,7 @@ command lines.
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +25,7 @@ from ptengine.backbone.spec import backbone_spec
 from ptengine.data import LabelledTask, VerbalizedTask, text_columns
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
-from ptengine.files import make_directory, write_together
+from ptengine.files import make_directory, write_json_atomic, write_together
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
@@ -32,7 +33,7 @@ from ptengine.training.evaluation import evaluation_options
 from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
 from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
-from ptengine.transfer.bank import BankEntry, PromptBank
+from ptengine.transfer.bank import BankEntry, PromptBank, weights_sha256
 from ptengine.transfer.cleaning import Cleaning, CleaningReport
 from ptengine.transfer.domains import domain_texts
 from ptengine.transfer.evaluation import Judged, baselines, judge
@@ -167,6 +168,7 @@ def run_flow(
         data = _pooled(data)
     work.check(data, len(banked))
     _check_clean(output / "clean", files)
+    _hold_prompts(output / "flow.json", [*sources], banked, settings.pool_sources)
     make_directory(output / "clean")
     write_together(output / "clean", files)
     curve: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
@@ -228,6 +230,21 @@ def _check_clean(folder: Path, files: Mapping[str, bytes]) -> None:
                 f"expected the data, cleaning, shots and seed of the run to go on with, got others: {str(path)!r} "
                 "would change; start a new run in another output_dir"
             )
+
+
+def _hold_prompts(path: Path, sources: Sequence[str], banked: Sequence[BankEntry], pool_sources: bool) -> None:
+    """Note which prompts a new run starts from, or require those of the run to go on with, before its bank changes."""
+    now: dict[str, Any] = {"sources": sorted(sources), "pool_sources": pool_sources}
+    now["bank"] = {entry.name: weights_sha256(entry.read()[0]) for entry in banked}
+    before = json.loads(path.read_bytes()) if path.is_file() else now
+    for name, its in now.items():
+        if before[name] != its:
+            raise InputError(
+                f"expected {name} {before[name]} as in {str(path.parent)!r}, got {its}: start a new run "
+                "in another output_dir"
+            )
+    make_directory(path.parent)
+    write_json_atomic(path, now)
 
 
 @dataclass(frozen=True)

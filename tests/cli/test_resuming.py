@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from ptengine.errors import InputError
+
 
 def contents(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
@@ -63,3 +65,43 @@ def test_another_model_was_refused_as_another_learning_rate(
     arguments = [other_model if part == world.llama else part for part in world.tune(output)]
     assert "expected model fingerprint=" in call(*arguments, "--resume").err
     assert "expected prompt method='soft_prompt'" in call(*world.tune(output, "--method", "prefix"), "--resume").err
+
+
+def test_a_sweep_resumed_as_a_single_run_had_no_identity(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """KeyError, where the reverse was refused."""
+    output = tmp_path / "out"
+    assert call(*world.tune(output), "--eval", world.test, "--seeds", "1,2").status == 0
+    before = contents(output)
+    refused = call(*world.tune(output), "--eval", world.test, "--resume")
+    assert refused.status == 2
+    assert "expected a checkpoint of a single run" in refused.err
+    assert contents(output) == before
+
+
+def test_a_finished_run_without_checkpoints_was_replaced(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """By a run of other settings, too, since there was nothing to compare them with."""
+    output = tmp_path / "out"
+    arguments = [*world.tune(output), "--save-strategy", "no", "--eval", world.test]
+    assert call(*arguments).status == 0
+    before = contents(output)
+    for options in ((), ("--num-virtual-tokens", "5"), ("--seeds", "1,2")):
+        refused = call(*arguments, *options, "--resume")
+        assert refused.status == 2
+        assert "got the prompt of a finished run" in refused.err
+        assert contents(output) == before
+
+
+def test_a_refused_run_deleted_the_folder_of_the_one_that_was_training_there(
+    world: Any, call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other had made it while this one was reading its data."""
+    output = tmp_path / "out"
+
+    def refuse(*_: Any, **__: Any) -> None:
+        output.mkdir()
+        (output / "log.jsonl").write_text("of another process")
+        raise InputError("expected output_dir to be free")
+
+    monkeypatch.setattr("ptengine.training.Trainer.fit", refuse)
+    assert call(*world.tune(output)).status == 2
+    assert (output / "log.jsonl").read_text() == "of another process"

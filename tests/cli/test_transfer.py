@@ -71,6 +71,13 @@ def test_two_files_to_a_report_and_a_prompt_for_eval(world: Any, call: Callable[
     reseeded = call(*arguments, "--resume", "--seed", "7")
     assert (reseeded.status, "shots.jsonl' would change" in reseeded.err) == (2, True)
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    # One with another source had tuned it, and put it into the bank, by the time it was refused: for ever.
+    extra = ("--source", "more=" + write_csv(tmp_path / "more.csv", "play", ("good", "bad"), ("text", "label")))
+    changed = call(*arguments, "--resume", *extra)
+    assert changed.status == 2
+    assert "expected sources " in changed.err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+    assert call(*arguments, "--resume").status == 0
 
 
 def test_chinese_columns_labels_and_files(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
