@@ -12,7 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -147,14 +147,19 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
     """Make the directory `path` and its parents unless they exist.
 
     Raises:
-        InputError: something that is not a directory stands in the way, or it may not be written.
+        InputError: something that is not a directory stands in the way, or it may not be written; a new one is gone
+            then.
     """
     path = Path(path)
+    is_new = not path.exists()
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"expected a directory to write to, got {str(path)!r}: {error.strerror or error}") from error
     if not os.access(path, os.W_OK | os.X_OK):
+        if is_new:
+            with suppress(OSError):  # not empty: somebody else's by now
+                path.rmdir()
         raise InputError(f"expected a directory to write to, got {str(path)!r}: permission denied")
     return path
 

@@ -205,12 +205,13 @@ class _Host:
             "here too, or call through the object that `attached` gave the other thread"
         )
 
-    def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _begin(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Also of a shallow copy of the model, which has its hooks."""
         self.reached.yes = False
         spec = require_patched(self.model)
         if spec.kind != "causal" or spec.lm_head is None:
             return None
-        call = dict(zip(self.names[model], args, strict=False)) | kwargs
+        call = dict(zip(self.names[self.model], args, strict=False)) | kwargs
         labels = without_first(call.get("labels"), call.get("attention_mask"))
         return None if labels is None else ((), call | {"labels": labels})
 

@@ -231,7 +231,8 @@ def _generate(
     elif _setting(model, kwargs, "use_cache") is not False:
         runs, kwargs = _with_cache(model, spec, longest + new, kwargs)
     with with_prefix(spec.word_embeddings, context, virtual, offsets):
-        sequences = runs.generate(input_ids=input_ids, attention_mask=mask, **({"pad_token_id": pad} | kwargs))
+        settings = with_settings(kwargs, pad_token_id=pad)
+        sequences = runs.generate(input_ids=input_ids, attention_mask=mask, **settings)
     return sequences if isinstance(sequences, Tensor) else sequences.sequences, longest
 
 

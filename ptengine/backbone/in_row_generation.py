@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptengine.backbone.caches import with_settings
 from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.in_row import with_own_prompt
 from ptengine.backbone.lowering import VirtualTokens
@@ -66,7 +67,7 @@ def generate_in_row(
         used = sorted({prompt_ids[row] for row in group} - {-1})
         places = [used.index(prompt_ids[row]) if prompt_ids[row] >= 0 else -1 for row in group]
         chosen = torch.tensor(places, device=device)  # [b]
-        given: dict[str, Any] = {"input_ids": tokens, "attention_mask": mask, "pad_token_id": pad} | kwargs
+        given = {"input_ids": tokens, "attention_mask": mask} | with_settings(kwargs, pad_token_id=pad)
         if width < longest and given.get("max_length") is not None:
             given["max_length"] -= longest - width  # which counts the padding of all rows
         own = [prompts[one] for one in used]

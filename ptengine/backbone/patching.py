@@ -70,11 +70,12 @@ class _State:
 def patch(model: Any) -> Any:
     """Route the attention of `model` through ptengine, in place; returns the model.
 
-    Without a prompt the model computes what it computed before, up to rounding. Patching twice is patching once. A
-    family that no test of ours covers is compared with its stock computation on a few tokens, once per model. Where
-    the shared path does not serve (the configuration declares it, a layer's attention does not go through
-    transformers' attention interface, or the numbers differ), virtual tokens run in every row of stock batches, if
-    that is exact: a warning says so for a causal model, and `ptengine.supports` says which path and why.
+    Without a prompt the model computes what it computed before, up to rounding, but for attention weights: as with SDPA
+    there are none, and what `output_attentions` asks for stays empty. Patching twice is patching once. A family that no
+    test of ours covers is compared with its stock computation on a few tokens, once per model. Where the shared path
+    does not serve (the configuration declares it, a layer's attention does not go through transformers' attention
+    interface, or the numbers differ), virtual tokens run in every row of stock batches, if that is exact: a warning
+    says so for a causal model, and `ptengine.supports` says which path and why.
 
     Raises:
         UnsupportedModelError: neither path gives the numbers of the stock computation. The model is then as it was.

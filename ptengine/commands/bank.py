@@ -13,6 +13,7 @@ from ptengine.commands.options import (
     check_output,
     choice,
     number,
+    seed,
     whole,
 )
 from ptengine.commands.task_options import labelled_task
@@ -82,7 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     carry.add_argument("--projector", metavar="DIR", help="new folder for the projector's training and the projector")
     carry.add_argument("--max-length", type=whole(1), metavar="N", help="longest row of --data in tokens")
     carry.add_argument("--truncation", action="store_true", help="cut rows of --data that are longer")
-    carry.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of search or training (default: 0)")
+    carry.add_argument("--seed", type=seed, default=0, metavar="N", help="of search or training (default: 0)")
     add_model_arguments(carry, "the embedded one")
     compare = _action(actions, "compare", "likeness of every two entries")
     compare.add_argument("--names", metavar="A,B", help="entries to compare (default: all)")
@@ -111,7 +112,9 @@ def _add(args: argparse.Namespace) -> Outcome:
     from ptengine.commands.session import load_with_head, open_prompt
     from ptengine.prompts import load_prompt
     from ptengine.transfer import PromptBank
+    from ptengine.transfer.bank import check_name
 
+    check_name(args.name)  # before models are loaded
     args.model = args.tokenizer = args.dtype = args.device = None  # those the prompt was tuned with
     session = open_prompt(args)
     folder, _ = find_prompt(args.prompt)
@@ -209,8 +212,10 @@ def _task(args: argparse.Namespace) -> Task:
 def _carry(args: argparse.Namespace) -> Outcome:
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
     from ptengine.transfer import carry_prompt
+    from ptengine.transfer.bank import check_name
 
     _check_carry(args)
+    check_name(args.into)  # before models are loaded and anything is trained for it
     bank = _bank(args.bank)
     entry = bank.entry(args.name)
     if any(other.name == args.into for other in bank.list()):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import choice, whole
+from ptengine.commands.options import choice, seed
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="sms_spam: label messages; e2e_nlg: describe restaurants (default: sms_spam)",
     )  # fmt: skip
     parser.add_argument("--output", metavar="DIR", help="new folder for all results (default: ptengine-out/NAME)")
-    parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of prompt and training (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of prompt and training (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Outcome:

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--ensemble", metavar="DIR", action="append", default=[],
-        help="another prompt of the same model, asked in the same batch, probabilities averaged; may be repeated",
+        help="another prompt of the same model and task, asked in the same batch, probabilities averaged; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--weights-from", metavar="FILE", help="weigh the prompts of an ensemble by their likelihood of these rows"
@@ -96,8 +96,15 @@ def _check_ensemble(args: argparse.Namespace) -> None:
     if args.weights_from is not None and not args.ensemble:
         raise InputError("expected --ensemble with --weights-from, got --weights-from alone")
     named = [args.prompt, *args.ensemble]
-    if args.ensemble and len({find_prompt(name)[0].resolve() for name in named}) < len(named):
-        raise InputError(f"expected different prompts in an ensemble, got {', '.join(named)}")
+    if args.ensemble:
+        found = [find_prompt(name) for name in named]
+        if len({folder.resolve() for folder, _ in found}) < len(named):
+            raise InputError(f"expected different prompts in an ensemble, got {', '.join(named)}")
+        own = found[0][1]
+        for name, (_, recipe) in zip(named, found, strict=True):
+            for what, same in (("model", recipe.fingerprint == own.fingerprint), ("task", recipe.task == own.task)):
+                if not same:
+                    raise InputError(f"expected prompts of one {what} in an ensemble, got {name!r}, tuned for another")
     for option in ("hard_prompt_only", "write_texts"):
         if args.ensemble and getattr(args, option):
             raise InputError(f"expected --ensemble without --{option.replace('_', '-')}, got both")
@@ -109,14 +116,7 @@ def _ensemble(args: argparse.Namespace, session: Session) -> tuple[EvalResult, d
     from ptengine.transfer import evaluate_ensemble, likelihood_weights
 
     folders = [args.prompt, *args.ensemble]
-    first, own = find_prompt(args.prompt)
-    prompts = [load_with_head(first, session.model, session.task)]
-    fingerprint = own.fingerprint
-    for given in args.ensemble:
-        folder, recipe = find_prompt(given)
-        if recipe.fingerprint != fingerprint:
-            raise InputError(f"expected prompts of one model in an ensemble, got {given!r}, tuned for another")
-        prompts.append(load_with_head(folder, session.model, session.task))
+    prompts = [load_with_head(find_prompt(folder)[0], session.model, session.task) for folder in folders]
     options: dict[str, Any] = {
         "batch_size": args.batch_size, "max_length": args.max_length, "truncation": args.truncation,
     }  # fmt: skip

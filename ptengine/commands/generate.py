@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import number, whole
+from ptengine.commands.options import number, seed, whole
 from ptengine.commands.session import Session, add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     writing.add_argument("--do-sample", action="store_true", help="sample instead of taking the likeliest token")
     writing.add_argument("--temperature", type=number, metavar="X", help="of sampling, above 0 (default: 1)")
     writing.add_argument("--top-p", type=number, metavar="X", help="of sampling, above 0, at most 1 (default: 1)")
-    writing.add_argument("--seed", type=whole(0), metavar="N", help="of sampling (default: 0)")
+    writing.add_argument("--seed", type=seed, metavar="N", help="of sampling (default: 0)")
     parser.add_argument("--batch-size", type=whole(1), default=32, metavar="N", help="rows per forward (default: 32)")
     add_session_arguments(parser)
 
@@ -77,6 +77,9 @@ def _rows(args: argparse.Namespace, session: Session) -> Dataset:
     if args.data is not None:
         return load_rows(args.data)
     columns = _text_columns(session)
+    if session.task.kind == "token_classification":
+        option = "--text" if args.text is not None else "--column"
+        raise InputError(f"expected --data with a list of words in column {columns[0]!r} of every row, got {option}")
     if args.text is not None:
         if len(columns) != 1:
             raise InputError(f"expected --column for each of {', '.join(columns)}, got --text")
@@ -95,22 +98,20 @@ def _rows(args: argparse.Namespace, session: Session) -> Dataset:
     return load_rows([row], name="--column")
 
 
-def _text_columns(session: Session) -> list[str]:
+def _text_columns(session: Session) -> tuple[str, ...]:
     """The columns of a row that are there before its answer is known."""
-    task: Any = session.task
-    if task.kind == "embedding":
+    from ptengine.data import text_columns
+
+    if session.task.kind == "embedding":
         raise InputError("expected a task with an answer, got one of embeddings: ptengine.embed gives those in Python")
-    if task.kind == "question_answering":
-        return [task.question_column, task.context_column]
-    if task.kind == "token_classification":
-        return [task.tokens_column]
-    answer = task.target_column if task.kind in ("generation", "seq2seq") else task.label_column
-    return [name for name in task.columns if name != answer]
+    return text_columns(session.task)
 
 
 def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> list[str]:
+    from ptengine.backbone import backbone_spec
     from ptengine.data import QuestionAnsweringTask, TokenClassificationTask, check_columns
     from ptengine.training import evaluate
+    from ptengine.training.preparation import encode, room_for_text
 
     columns = _text_columns(session)
     task: Any = session.task
@@ -120,13 +121,31 @@ def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> 
     answers: list[Any]
     if isinstance(task, QuestionAnsweringTask):
         task = replace(task, start_column=None)
-        column, answers = task.answer_column, [str(text).strip()[:1] for text in dataset[task.context_column]]
+        column, answers = task.answer_column, _first_characters(dataset, task.context_column, source)
     elif isinstance(task, TokenClassificationTask):
-        column, answers = task.tags_column, [[task.labels[0]] * len(words) for words in dataset[task.tokens_column]]
+        # What is no list of words is refused with its row when it is encoded.
+        counts = [len(words) if isinstance(words, list) else 0 for words in dataset[task.tokens_column]]
+        column, answers = task.tags_column, [[task.labels[0]] * count for count in counts]
     else:
         column, answers = task.label_column, [task.labels[0]] * len(dataset)
-    rows = dataset.select_columns(columns).add_column(column, answers)  # type: ignore[call-arg]
-    return evaluate(session.model, session.prompt, task, rows, session.tokenizer, batch_size=batch_size).predictions
+    rows = dataset.select_columns(list(columns)).add_column(column, answers)  # type: ignore[call-arg]
+    spec = backbone_spec(session.model)
+    room = room_for_text(spec, session.prompt, None)
+    split = encode(task, rows, session.tokenizer, session.prompt, room, False, source, spec.vocab_size)
+    return evaluate(session.model, session.prompt, task, split, session.tokenizer, batch_size=batch_size).predictions
+
+
+def _first_characters(dataset: Dataset, column: str, source: str) -> list[str]:
+    """Of every text, which is its answer for want of a better one."""
+    from ptengine.data.cells import described, place, text_value
+
+    found = []
+    for index, value in enumerate(dataset[column]):
+        text = text_value(value, column, source, index).strip()
+        if not text:
+            raise InputError(f"{place(source, index)}: expected text in column {column!r}, got {described(value)}")
+        found.append(text[:1])
+    return found
 
 
 def _write(

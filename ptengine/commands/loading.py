@@ -51,6 +51,8 @@ def pick_device(name: str | None) -> torch.device:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch's own, by device type
         raise InputError(f"expected --device, a device of this machine, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"expected --device, cpu or cuda, got {name!r}")
     import_operations()
     for operation in operations():
         try:

@@ -33,6 +33,7 @@ __all__ = [
     "number",
     "read_json",
     "read_label_words",
+    "seed",
     "unescape",
     "whole",
     "word_task",
@@ -41,19 +42,27 @@ __all__ = [
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def whole(low: int) -> Callable[[str], int]:
-    """An argparse type: a whole number of at least `low`."""
+def whole(low: int, high: int | None = None) -> Callable[[str], int]:
+    """An argparse type: a whole number of at least `low`, and at most `high` where there is one."""
+    expected = f"a whole number of at least {low}" if high is None else f"a whole number from {low} to {high}"
 
     def convert(text: str) -> int:
         try:
             value = int(text)
         except ValueError:
             value = low - 1
-        if value < low:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {low}, got {text!r}")
+        if value < low or (high is not None and value > high):
+            raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
         return value
 
     return convert
+
+
+def seed(text: str) -> int:
+    """An argparse type: a seed, in the range of `TrainingConfig.seed`."""
+    from ptengine.training.config import MOST_SEED
+
+    return whole(0, MOST_SEED)(text)
 
 
 def number(text: str) -> float:

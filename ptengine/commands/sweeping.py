@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ptengine.commands.options import number, whole
+from ptengine.commands.options import number, seed, whole
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def add_sweep_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "sweep", "several runs at once, in one batch a step; the best by --eval is kept as the output's prompt"
     )
-    group.add_argument("--seeds", type=_listed(whole(0)), metavar="N,N,...", help="a run for each, instead of --seed")
+    group.add_argument("--seeds", type=_listed(seed), metavar="N,N,...", help="a run for each, instead of --seed")
     group.add_argument(
         "--learning-rates", type=_listed(number), metavar="X,X,...", help="a run for each, instead of --learning-rate"
     )

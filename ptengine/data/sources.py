@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import numbers
 import os
 import tempfile
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow
 from datasets import Dataset, Features, Value
 from pandas.errors import ParserWarning
@@ -42,8 +44,8 @@ def load_rows(
                 ``.jsonl``: one object a line; ``.json``: a list of objects, or one object a line. UTF-8. Otherwise as a
                 sequence of dicts;
                 ``.parquet``;
-            a sequence of dicts: a key that a row lacks is null; values of several types may stand in one column (ints
-            beside floats become floats);
+            a sequence of dicts: a key that a row lacks is null; values of several types may stand in one column and
+            stay what they are (ints beside floats alone become floats);
             a `datasets.Dataset`, returned as it is.
         name: what errors call data that has no file name.
 
@@ -93,12 +95,13 @@ def _from_rows(rows: Sequence[Any], name: str) -> Dataset:
     columns = {
         column: [row.get(column) for row in rows] for column in dict.fromkeys(key for row in rows for key in row)
     }
+    # Values of several types in a column stay what they are; a column no task reads must not spoil the others.
+    mixed = {column: _as_json(values, column, name) for column, values in columns.items() if _is_mixed(values)}
     try:
-        # Values of several types in a column stay what they are; a column no task reads must not spoil the others.
-        return Dataset.from_dict(columns, on_mixed_types="use_json")
+        dataset = Dataset.from_dict(columns | mixed)
     except Exception as error:  # pyarrow's, datasets' and Python's own types, none of which says where
         for column, values in columns.items():
-            for index, value in enumerate(values):
+            for index, value in enumerate([] if column in mixed else values):
                 try:
                     pyarrow.array([value])
                 except Exception as cause:
@@ -107,6 +110,75 @@ def _from_rows(rows: Sequence[Any], name: str) -> Dataset:
                         f"got {described(value)}: {_first_line(cause)}"
                     ) from error
         raise InputError(f"{name}: expected columns of text, numbers or lists, got {_first_line(error)}") from error
+    for column in mixed:
+        dataset = dataset.cast_column(column, _ExactJson())
+    return dataset
+
+
+class _ExactJson(datasets.Json):
+    """Values of several types, each as JSON; datasets' own makes 0.30000000000000004 of 0.3, and 1 of the text "01"."""
+
+    def decode_example(self, example_data: str | None, token_per_repo_id: Any = None) -> Any:
+        return None if example_data is None else json.loads(example_data)
+
+    def cast_storage(self, storage: pyarrow.Array) -> pyarrow.Array:
+        """Also what `Dataset.map` gives back, which datasets would take for encoded where it happens to be JSON."""
+        if isinstance(storage, pyarrow.JsonArray):
+            return storage
+        return _json_array([None if value is None else json.dumps(value) for value in storage.to_pylist()])
+
+
+def _is_mixed(values: Sequence[Any]) -> bool:
+    """Whether a column of one type would refuse some of the values, or fill up their dicts with nulls."""
+    levels = [values]
+    while levels:
+        present = [value for value in levels.pop() if value is not None]
+        kinds = {_kind(value) for value in present}
+        if len(kinds) > 1:
+            return True
+        if kinds == {list}:
+            levels.append([member for value in present for member in value])
+        if kinds == {dict}:
+            keys = {frozenset(value) for value in present}
+            if len(keys) > 1:
+                return True
+            levels += [[value[key] for value in present] for key in keys.pop()]
+    return False
+
+
+# bool before the numbers, of which it is one.
+_KINDS: dict[type, tuple[type, ...]] = {
+    str: (str,), bool: (bool, np.bool_), float: (numbers.Real,), list: (list, tuple), dict: (Mapping,),
+}  # fmt: skip
+
+
+def _kind(value: Any) -> type:
+    return next((kind for kind, types in _KINDS.items() if isinstance(value, types)), object)
+
+
+def _as_json(values: Sequence[Any], column: str, name: str) -> pyarrow.Array:
+    """A column of JSON; encoded here, since datasets takes text that happens to be JSON (``01``) for encoded before."""
+    texts: list[str | bytes | None] = []
+    for index, value in enumerate(values):
+        try:
+            texts.append(None if value is None else json.dumps(value, ensure_ascii=False, default=_plain).encode())
+        except (TypeError, ValueError, RecursionError) as error:
+            raise InputError(
+                f"{place(name, index)}: expected text, a number, a list or a dict of such in column {column!r}, which "
+                f"has values of several types, got {described(value)}: {error}"
+            ) from error
+    return _json_array(texts)
+
+
+def _json_array(texts: Sequence[str | bytes | None]) -> pyarrow.Array:
+    return pyarrow.array(texts, pyarrow.string()).cast(pyarrow.json_())
+
+
+def _plain(value: Any) -> Any:
+    """numpy's values as Python's, for `json`."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    raise TypeError(f"no json value: {type(value).__name__}")
 
 
 def _load_file(path: Path) -> Dataset:
@@ -176,7 +248,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _cells_of_any_size():
         try:
             header = next(record for record in csv.reader(file) if record)
         except csv.Error as error:
@@ -197,10 +269,20 @@ def _csv_options(path: Path) -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def _cells_of_any_size() -> Iterator[None]:
+    """`csv` refuses cells of more than 131072 characters, which pandas reads."""
+    limit = csv.field_size_limit(2**31 - 1)  # what a C long holds everywhere
+    try:
+        yield
+    finally:
+        csv.field_size_limit(limit)
+
+
 def _csv_defect(path: Path) -> str | None:
     """Where a csv file that pandas refused goes wrong; pandas does not always say."""
     width, line = None, 1
-    with path.open(encoding="utf-8-sig", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file, _cells_of_any_size():
         reader = csv.reader(file, strict=True)
         try:
             for record in reader:
@@ -224,6 +306,8 @@ def _json_objects(path: Path) -> list[Any]:
     if path.suffix.lower() == ".json":
         try:
             value = json.loads(text)
+        except RecursionError as error:
+            raise InputError(f"{path}: expected JSON that is nested less deeply, got: {error}") from error
         except json.JSONDecodeError as error:
             if error.msg != "Extra data":  # one object a line is welcome in .json too
                 raise InputError(
@@ -237,6 +321,10 @@ def _json_objects(path: Path) -> list[Any]:
             continue
         try:
             value = json.loads(line)
+        except RecursionError as error:
+            raise InputError(
+                f"{path}, line {number}: expected JSON that is nested less deeply, got: {error}"
+            ) from error
         except json.JSONDecodeError as error:
             raise InputError(
                 f"{path}, line {number}, column {error.colno}: expected a JSON object, got: {error.msg}"

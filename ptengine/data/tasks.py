@@ -15,6 +15,7 @@ from datasets import Dataset
 from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.data.cells import described, place, text_value
 from ptengine.data.checks import check_column, check_masks, expect, refuse_leak
+from ptengine.data.embedding_tasks import EmbeddingTask
 from ptengine.data.encoding import (
     EncodedRow,
     EncodedSplit,
@@ -25,7 +26,9 @@ from ptengine.data.encoding import (
     token_lists,
     too_long,
 )
+from ptengine.data.question_answering import QuestionAnsweringTask
 from ptengine.data.templates import Template
+from ptengine.data.token_tasks import TokenClassificationTask
 from ptengine.data.verbalizers import BoundVerbalizer, Verbalizer, distinct_labels
 from ptengine.errors import InputError
 
@@ -356,9 +359,15 @@ LabelledTask: TypeAlias = VerbalizedTask | SequenceClassificationTask
 
 
 def text_columns(task: Task) -> tuple[str, ...]:
-    """The columns that a task reads, without that of the answer."""
+    """The columns that a task reads, without that of the answer: text, and words of a `TokenClassificationTask`."""
     if isinstance(task, SequenceClassificationTask):
         return task.columns[:-1]
+    if isinstance(task, QuestionAnsweringTask):
+        return (task.question_column, task.context_column)
+    if isinstance(task, TokenClassificationTask):
+        return (task.tokens_column,)
+    if isinstance(task, EmbeddingTask):
+        return (task.text_column, task.text_pair_column)
     template: Template = task.template  # type: ignore[attr-defined]
     return template.columns
 

@@ -94,16 +94,18 @@ class Prompt(nn.Module):
         `transformers.Trainer`, to accelerate's `prepare`, or its `parameters()` to an optimiser. Checkpoints of such a
         trainer hold the prompt; `save` writes it as ever.
 
-        - **Output.** Logits and hidden states have the text's length T; virtual tokens do not appear. `labels` stand
-          beside `input_ids` as in the stock call. Its loss shifts them by one inside the T logits, so a label at a
-          row's first token does not count, though the last virtual token predicts it: the stock head is given T hidden
-          states and no more. `ptengine.Trainer` counts it.
+        - **Output.** Logits and hidden states have the text's length T; virtual tokens do not appear, and attention
+          weights are not computed (`output_attentions` stays empty, as with SDPA). `labels` stand beside `input_ids` as
+          in the stock call. Its loss shifts them by one inside the T logits, so a label at a row's first token does not
+          count, though the last virtual token predicts it: the stock head is given T hidden states and no more.
+          `ptengine.Trainer` counts it.
         - **Positions.** A text starts at P and counts its own tokens: padded on the left or on the right, or alone, a
           row gives the same numbers. `position_ids` count the text without the prompt and are shifted by P. A mask with
           holes, and positions of several texts in one row, are refused; so is more than the model's positions.
         - **Cache.** It holds the text alone, dynamic, static or offloaded. One that a call inside a block with this
           prompt filled is continued; any other that is not empty is refused, and so is one that rounds. An empty
-          dynamic cache that would drop what leaves a sliding window is told to keep it; a static one is refused.
+          dynamic cache that would drop what leaves a sliding window is told to keep it; a static one is refused, and so
+          is going on with one that a call of such a model has made itself: give it an empty one.
         - **Generation.** `generate` takes batches padded on the left, and every search of the stock one. An assistant
           reads the text alone unless a prompt is attached to it, too. On a GPU give ``disable_compile=True`` with a
           static cache, whose count of tokens every step reads.
@@ -123,9 +125,10 @@ class Prompt(nn.Module):
           right alone, and no `position_ids`.
         - **Encoder-decoders.** Virtual tokens stand in the encoder's rows, whose padding may be on either side, and are
           taken out of a call's output; the `encoder_outputs` that the encoder itself gives have them, and a call takes
-          only those of a call that saw this prompt. Before a prefix the decoder's cache has P empty slots, targets are
-          padded behind their ends, and gradient checkpointing is refused. `labels` are the stock call's; so is
-          `generate`, `transformers.Seq2SeqTrainer` included.
+          only those of a call that saw this prompt. Before a prefix the encoder is the stock one, whose positions may
+          count padding before a source (BART's do), the decoder's cache has P empty slots, targets are padded behind
+          their ends, and gradient checkpointing is refused. `labels` are the stock call's; so is `generate`,
+          `transformers.Seq2SeqTrainer` included.
         - **Threads.** An attachment belongs to the thread that made it, and each thread may attach a prompt of its own
           to the same model. A thread without one is refused while others have theirs, but for calls through the
           yielded module, which see its prompt in any thread (`Thread(target=attached.generate, ...)`), and for

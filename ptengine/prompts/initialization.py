@@ -73,7 +73,7 @@ def check_count(num_virtual_tokens: Any, spec: BackboneSpec) -> int:
 
 def generator_from(seed: Any) -> torch.Generator:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
-        raise InputError(f"expected seed, a whole number of at least 0, got {seed!r}")
+        raise InputError(f"expected seed, a whole number from 0 to 2**63 - 1, got {seed!r}")
     return torch.Generator().manual_seed(seed)
 
 

@@ -13,7 +13,14 @@ from typing import Any
 
 from ptengine.errors import InputError
 
-__all__ = ["TrainingConfig"]
+__all__ = ["MOST_SEED", "TrainingConfig"]
+
+MOST_SEED = 2**32 - 1
+"""The greatest seed that numpy and scikit-learn take; torch and Python take greater ones."""
+
+# Far beyond use; float32 still holds what optimisers make of them: rate times decay (Adafactor), or the rate times a
+# prompt's own factor and divided by 0.1 (AdamW's first step).
+_LIMITS = {"learning_rate": 1e28, "head_learning_rate": 1e28, "weight_decay": 1e10}
 
 
 @dataclass(frozen=True)
@@ -44,7 +51,7 @@ class TrainingConfig:
         max_grad_norm: gradients of a step are scaled down to this norm over prompt and head together; None for never.
         label_smoothing_factor: in [0, 1): weight of the uniform distribution in the training loss.
         bf16: run the backbone under bfloat16 autocast; prompt, head and optimiser stay in float32. Works on CPU too.
-        seed: of the order of rows and of every random number drawn while training.
+        seed: of the order of rows and of every random number drawn while training; from 0 to 4294967295.
         eval_strategy: ``"no"``, ``"steps"`` (every `eval_steps`, and after the last step) or ``"epoch"``; None means
             ``"epoch"`` where evaluation data is given and ``"no"`` otherwise.
         eval_steps: optimiser steps between evaluations; required by, and only allowed with, ``eval_strategy="steps"``.
@@ -124,10 +131,15 @@ class TrainingConfig:
                 _integer(self, name, 1, "None or an integer")
         for name in ("warmup_steps", "seed"):
             _integer(self, name, 0)
+        if self.seed > MOST_SEED:
+            raise _wrong("seed", f"an integer from 0 to {MOST_SEED}", self.seed)
         if self.learning_rate is not None:
             _number(self, "learning_rate", "None or a number above 0", low=0, low_open=True)
         _number(self, "head_learning_rate", "a number above 0", low=0, low_open=True)
         _number(self, "weight_decay", "a number of at least 0", low=0)
+        for name, limit in _LIMITS.items():
+            if (getattr(self, name) or 0) >= limit:
+                raise _wrong(name, f"a number below {limit:g}", getattr(self, name))
         _number(self, "warmup_ratio", "a number in [0, 1)", low=0, high=1)
         _number(self, "label_smoothing_factor", "a number in [0, 1)", low=0, high=1)
         if self.max_grad_norm is not None:
@@ -193,7 +205,7 @@ def _number(
     """Require a finite number in [low, high), or (low, high) with `low_open`."""
     value = getattr(config, name)
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < low or (low_open and value == low) or value >= high:
+    if not number or not low <= value < high or (low_open and value == low):
         raise _wrong(name, expected, value)
 
 

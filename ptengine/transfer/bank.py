@@ -43,13 +43,19 @@ from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_t
 from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity, shot_metrics
 
-__all__ = ["BankEntry", "Match", "PromptBank", "Search"]
+__all__ = ["BankEntry", "Match", "PromptBank", "Search", "check_name"]
 
 CARD_NAME = "card.json"
 INITIAL_NAME = "initial"
 DOMAIN_NAME = "domain.safetensors"
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
+
+
+def check_name(name: Any) -> None:
+    """Raise `InputError` where no entry can be called `name`."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise InputError(f"expected a name of at most 80 letters, digits, '_', '-' or '.', got {name!r}")
 
 
 @dataclass(frozen=True)
@@ -181,8 +187,7 @@ class PromptBank:
             InputError: the name is taken or none; the prompt is of another backbone; `initial` is of another method or
                 shape; a metric is not finite; the bank cannot be written.
         """
-        if not isinstance(name, str) or not _NAME.fullmatch(name):
-            raise InputError(f"expected a name of at most 80 letters, digits, '_', '-' or '.', got {name!r}")
+        check_name(name)
         where = self.path / name
         if where.exists() and not replace:
             raise InputError(

@@ -6,6 +6,7 @@ sets of vectors; no prompt and no bank.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -41,13 +42,22 @@ _FOLDS = 5
 def domain_texts(data: DataSource, task: Task) -> list[str]:
     """The first `MOST_TEXTS` texts of `data` that are not blank, without their answers, which need not be there.
 
+    The columns of a row are joined with line breaks, words with blanks; a null is no text.
+
     Raises:
         InputError: a column is missing, or as `ptengine.data.load_rows`.
     """
-    dataset, columns = load_rows(data, name="rows"), text_columns(task)
-    check_columns(dataset, columns, "rows")
-    texts = ("\n".join(str(row[column]) for column in columns) for row in dataset.with_format(None))
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "rows"
+    dataset, columns = load_rows(data, name=name), text_columns(task)
+    check_columns(dataset, columns, name)
+    texts = ("\n".join(_text(row[column]) for column in columns) for row in dataset.with_format(None))
     return list(islice((text for text in texts if text.strip()), MOST_TEXTS))
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(_text(word) for word in value)
+    return "" if value is None else str(value)
 
 
 @torch.no_grad()

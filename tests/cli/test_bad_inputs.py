@@ -114,10 +114,30 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "unknown demo": (lambda b: ["demo", "--task", "mnli"], ("--task", "sms_spam, e2e_nlg", "'mnli'")),
     "unknown dtype": (lambda b: b.tune("--dtype", "int8"), ("--dtype", "float32", "'int8'")),
     "unknown device": (lambda b: b.tune("--device", "abacus"), ("--device", "'abacus'")),
+    # It has no numbers: a traceback from the first step.
+    "device of no numbers": (lambda b: b.tune("--device", "meta"), ("--device", "cpu or cuda", "'meta'")),
     "missing device": (lambda b: b.tune("--device", "cuda:31"), ("--device", "'cuda:31'")),
     # Settings of the training run
     "learning rate below zero": (lambda b: b.tune("--learning-rate", "-1"), ("learning_rate", "-1")),
     "learning rate not a number": (lambda b: b.tune("--learning-rate", "nan"), ("learning_rate", "nan")),
+    # Each was a traceback from the first step, or from the generator.
+    "learning rate beyond float32": (lambda b: b.tune("--learning-rate", "1e40"), ("learning_rate", "1e+28", "1e+40")),
+    "learning rate that a step takes beyond float32": (lambda b: b.tune("--learning-rate", "1e38"), ("1e+28", "1e+38")),
+    "decay beyond float32": (lambda b: b.tune("--weight-decay", "1e39"), ("weight_decay", "1e+10", "1e+39")),
+    "seed beyond torch": (lambda b: b.tune("--seed", str(10**20)), ("seed", "from 0 to 4294967295", str(10**20))),
+    "seed beyond the prompt": (lambda b: b.tune("--seed", str(2**63)), ("seed", "from 0 to 4294967295", str(2**63))),
+    "seed beyond numpy": (
+        lambda b: [
+            *["transfer", "--source", b.world.train, "--target", b.world.train, "--test", b.world.test],
+            *["--template", "{text} is", "--label-words", "good= good,bad= bad", "--shots", "2", "--folds", "2"],
+            *["--output", str(b.out), "--seed", str(2**32)],
+        ],
+        ("seed", "from 0 to 4294967295", str(2**32)),
+    ),
+    "seed of sampling beyond torch": (
+        lambda b: b.generate("--text", "a", "--seed", str(10**20)),
+        ("--seed", "from 0 to 4294967295", str(10**20)),
+    ),
     "no rows in a batch": (lambda b: b.tune("--per-device-train-batch-size", "0"), ("batch_size", "0")),
     "unknown optimiser": (lambda b: b.tune("--optim", "sgd"), ("optim", "adamw", "'sgd'")),
     "unknown schedule": (lambda b: b.tune("--lr-scheduler-type", "step"), ("lr_scheduler_type", "'step'")),
@@ -324,6 +344,11 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     # It came as an error of the system's about a temporary name, after the evaluation.
     "predictions over a folder": (lambda b: b.eval("--predictions", "d.csv"), ("--predictions", "'d.csv'")),
     "no rows to generate for": (lambda b: b.generate(), ("--text, --column and --data", "none")),
+    # The file was called "data".
+    "a text missing to generate for": (
+        lambda b: b.generate("--data", b.file("one.csv", 'text\na\n""\n')),
+        ("one.csv, row 1", "'text'", "null"),
+    ),
     "two sources of rows": (
         lambda b: b.generate("--text", "a", "--data", b.world.test),
         ("--text, --column and --data", "text and data"),

@@ -266,6 +266,22 @@ def test_label_words_from_a_file_and_starting_from_text(world: Any, call: Callab
     assert task["label_words"] == {"good": [" yes", " fine"], "bad": [" no"]}
 
 
+def test_a_projector_was_trained_for_a_name_that_no_bank_takes(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The name was looked at after the training, which was then lost."""
+    call(*world.tune(tmp_path / "out"))
+    call("bank", "add", "--bank", tmp_path / "bank", "--name", "a", "--prompt", tmp_path / "out")
+    refused = call(
+        "bank", "carry", "--bank", tmp_path / "bank", "--name", "a", "--from", world.llama, "--model", world.llama,
+        "--into", "a/b", "--method", "projector", "--data", world.train, "--steps", "2",
+        "--projector", tmp_path / "projector",
+    )  # fmt: skip
+    assert not (tmp_path / "projector").exists()
+    assert refused.status == 2
+    assert "expected a name of at most 80 letters" in refused.err
+
+
 def test_a_changed_model_is_noticed(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     """A model of the same shape but other weights takes the prompt and answers nonsense."""
     import torch

@@ -63,6 +63,14 @@ def test_question_answering(world: Any, call: Callable[..., Any], tmp_path: Path
     new = ("--column", "question=was it great", "--column", "context=it was fine")
     assert call("generate", "--prompt", output, *new, "--json").json["texts"][0] in "it was fine"
     assert len(lines.read_text().splitlines()) == len(rows)
+    # The answer was blamed, a column that nobody gave.
+    empty = call("generate", "--prompt", output, "--column", "question=was it", "--column", "context= ")
+    assert (empty.status, empty.err) == (
+        2, "error: --column, row 0 (counting from 0): expected text in column 'context', got str ' '\n",
+    )  # fmt: skip
+    # Tasks without a template were an AttributeError.
+    asked = ("bank", "add", "--bank", tmp_path / "bank", "--name", "qa", "--prompt", output, "--data", data, "--json")
+    assert call(*asked).json["entry"]["domain_texts"] == len(rows)
 
 
 def test_token_classification(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
@@ -80,6 +88,15 @@ def test_token_classification(world: Any, call: Callable[..., Any], tmp_path: Pa
     [text] = call("generate", "--prompt", output, "--data", new, "--json").json["texts"]
     assert set(text.split()) <= {"O", "B-X"}
     assert len(text.split()) == 2
+    for bad in (None, 5, "it was"):  # the first two were a traceback, and the file was called "data"
+        odd = write_rows(tmp_path / "odd.jsonl", [{"tokens": ["it"]}, {"tokens": bad}])
+        refused = call("generate", "--prompt", output, "--data", odd)
+        assert refused.status == 2
+        assert f"{odd}, row 1 (counting from 0): expected a list of words in column 'tokens'" in refused.err
+    refused = call("generate", "--prompt", output, "--text", "it was")
+    assert (refused.status, "expected --data with a list of words in column 'tokens'" in refused.err) == (2, True)
+    asked = ("bank", "add", "--bank", tmp_path / "bank", "--name", "t", "--prompt", output, "--data", data, "--json")
+    assert call(*asked).json["entry"]["domain_texts"] == len(rows)
 
 
 @pytest.mark.parametrize("model", ["bert", "masked"])  # the latter has no pooler, which nothing reads
@@ -98,6 +115,24 @@ def test_embeddings(world: Any, call: Callable[..., Any], tmp_path: Path, model:
     refused = call("generate", "--prompt", output, "--text", "it")
     assert refused.status == 2
     assert "ptengine.embed" in refused.err
+    asked = ("bank", "add", "--bank", tmp_path / "bank", "--name", "e", "--prompt", output, "--data", data, "--json")
+    assert call(*asked).json["entry"]["domain_texts"] == len(rows)
+
+
+@pytest.mark.parametrize(
+    "other", [["--template", "{text} so"], ["--label-words", "good= bad,bad= good"], ["--target-column", "label"]]
+)
+def test_an_ensemble_took_prompts_of_other_tasks(
+    world: Any, call: Callable[..., Any], tmp_path: Path, other: list[str]
+) -> None:
+    """They answered the first prompt's task, without a word."""
+    for name, more in (("a", []), ("b", other)):
+        arguments = [*world.tune(tmp_path / name), *more]
+        assert call(*arguments).status == 0
+    refused = call("eval", "--prompt", tmp_path / "a", "--ensemble", tmp_path / "b", "--data", world.test)
+    assert refused.status == 2
+    assert "expected prompts of one task in an ensemble" in refused.err
+    assert refused.err.count("\n") == 1
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,18 @@ FILES = {
     "scalar.json": (b'"text"', ["row 0", "str 'text'"]),
     "no_columns.jsonl": (b'{"a": 1}\n{}\n', ["row 1", "columns"]),
     "surrogate.jsonl": (b'{"text": "a"}\n{"text": "\\ud83d"}\n', ["row 1", "'text'"]),
+    "surrogate_mixed.jsonl": (b'{"text": 1}\n{"text": "\\ud83d"}\n', ["row 1", "'text'", "surrogates"]),
+    # A traceback: json's own RecursionError.
+    "deep.jsonl": (b'{"text": "a"}\n{"text": ' + b"[" * 200_000 + b"}\n", ["line 2", "nested less deeply"]),
+    "deep.json": (b"[" * 200_000, ["nested less deeply"]),
     "huge.jsonl": (b'{"id": 1}\n{"id": 100000000000000000000}\n', ["row 1", "'id'", "int 1000"]),
     "latin1.jsonl": ('{"text": "a"}\n{"text": "caf\u00e9"}\n'.encode("latin-1"), ["line 2", "UTF-8", "0xe9"]),
     "latin1.csv": ("text\na\nb\ncaf\u00e9\n".encode("latin-1"), ["line 4", "UTF-8", "0xe9"]),
     "extra_cell.csv": (b'text,label\n"a\nb",1\nb,2,3\n', ["line 4", "2 fields", "got 3"]),
     "extra_everywhere.csv": (b"text,label\na,1,2\nb,2,3\n", ["line 2", "2 fields", "got 3"]),
+    # The csv module's limit of 131072 characters in a cell was blamed, which nothing else has.
+    "extra_behind_large.csv": (b"text,label\n" + b"a" * 140_000 + b",1\nb,2,3\n", ["line 3", "2 fields", "got 3"]),
+    "doubled_large.csv": (b"a" * 140_000 + b",b,b\nc,d,e\n", ["line 1", "different names", "'b'"]),
     "open_quote.csv": (b'text,label\na,1\n"b,2\nc,3\n', ["line 3", "quote"]),
     "doubled.csv": (b"text,label,text\na,b,c\n", ["line 1", "different names", "'text'"]),
     "words.parquet": (b"not parquet at all", ["parquet"]),
@@ -98,6 +106,7 @@ SOURCES: dict[str, tuple[Any, list[str]]] = {
     "columns": ({"text": ["a"]}, ["type dict"]),
     "number": (3, ["type int"]),
     "nothing": (None, ["type NoneType"]),
+    "a date among texts": ([{"a": "b"}, {"a": date(2020, 1, 1)}], ["row 1", "'a'", "several types", "date"]),
     "a stream": (ROWS.to_iterable_dataset(), ["type IterableDataset"]),
 }
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -87,6 +88,35 @@ def test_mixed_numbers_are_one_type() -> None:
     assert load_rows([{"x": 1}, {"x": 2.5}, {"x": None}])["x"][:] == [1.0, 2.5, None]
 
 
+MIXED: dict[str, list[Any]] = {
+    "strings that are json": ["01", "1", 1, "1e5", "007", "1.10", "null", "true", '"a"', "[1, 2]", "NaN"],
+    "types": [1, "a", 0.57, True, None, ["b"], {"c": "d"}],
+    "numbers": ["a", 0.3, 0.57, -6.289230917932447e299, 1.0, 10**20],
+    "lists": [["01", 1], ["1", None], []],
+    "nested": [[["01"]], [[1, "1e5"]]],
+    "dicts": [{"a": "01"}, {"b": "1", "a": 0.3}, {}],
+    "dicts in lists": [[{"a": "01"}, {"b": 0.3}], [{"a": 1}]],
+}
+
+
+@pytest.mark.parametrize("case", MIXED)
+def test_values_beside_others_of_another_type_were_changed(tmp_path: Path, case: str) -> None:
+    """A string that was JSON by itself came back as its value: labels "01" and "1" became one, 0.3 gained digits."""
+    values = MIXED[case]
+    rows = [{"x": value, "y": "007"} for value in values]
+    for source in (rows, write(tmp_path / "a.jsonl", rows), write(tmp_path / "a.json", rows)):
+        dataset = load_rows(source)
+        several, one_by_one = dataset.with_format(None).select_columns(["x"])[:]["x"], [row["x"] for row in dataset]
+        assert [repr(value) for value in several] == [repr(value) for value in values]
+        assert [repr(value) for value in one_by_one] == [repr(value) for value in values]
+        assert dataset["y"][:] == ["007"] * len(values)
+
+
+def test_numpy_values_beside_others() -> None:
+    rows = [{"x": np.int64(3)}, {"x": "03"}, {"x": np.array([1.5])}]
+    assert load_rows(rows)["x"][:] == [3, "03", [1.5]]
+
+
 def test_real_data_fast_and_quiet(shared: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_rows(shared / "data" / "cb" / "train.jsonl")
     start = time.perf_counter()
@@ -136,3 +166,10 @@ def test_check_columns() -> None:
     check_columns(dataset, ["text", "label"], "train")
     with pytest.raises(InputError, match="train: expected columns 'a', 'b', got the columns 'text', 'label'"):
         check_columns(dataset, ["a", "text", "b", "a"], "train")
+
+
+def test_a_dataset_of_mixed_values_may_be_mapped() -> None:
+    """datasets took the text that came back for encoded, and could not read it."""
+    rows = load_rows([{"text": "a", "label": "01"}, {"text": "b", "label": 2}])
+    mapped = rows.map(lambda row: {"length": len(row["text"])})
+    assert mapped[0] == {"text": "a", "label": "01", "length": 1}

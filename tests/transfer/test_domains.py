@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 from ptengine.backbone import is_patched
+from ptengine.data import EmbeddingTask, QuestionAnsweringTask, Task, TokenClassificationTask
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.transfer import PromptBank, maximum_mean_discrepancy, proxy_a_distance, text_embeddings
+from ptengine.transfer.domains import domain_texts
 
 
 def normal(seed: int, count: int = 40, shift: float = 0.0) -> torch.Tensor:
@@ -100,6 +104,28 @@ def test_a_bank_knows_which_texts_lie_near(tiny: ModuleType, tmp_path: Path) -> 
     (tmp_path / "near" / "domain.safetensors").write_bytes(b"torn")
     with pytest.raises(InputError, match="expected embeddings in the file"):
         bank.entry("near").domain()
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "texts"),
+    [
+        (QuestionAnsweringTask(), {"question": "who", "context": "a man"}, ["who\na man"]),
+        (TokenClassificationTask(labels=("O", "X")), {"tokens": ["a", "man"]}, ["a man"]),
+        (EmbeddingTask(), {"text": "a", "text_pair": None}, ["a\n"]),
+    ],
+)
+def test_texts_of_tasks_without_a_template_were_an_attribute_error(
+    task: Task, row: dict[str, Any], texts: list[str]
+) -> None:
+    assert domain_texts([row, dict.fromkeys(row)], task) == texts  # a row of nulls alone has none
+
+
+def test_a_file_without_the_column_is_called_by_its_name(tiny: ModuleType, tmp_path: Path) -> None:
+    """It was called "rows"."""
+    path = tmp_path / "wrap.json"
+    path.write_text('{"data": [{"text": "a"}]}')
+    with pytest.raises(InputError, match=re.escape(f"{path}: expected column 'text', got the columns 'data'")):
+        domain_texts(path, tiny.words_task())
 
 
 def test_an_encoder_decoder_embeds_no_text_alone(tiny: ModuleType, tmp_path: Path) -> None:
