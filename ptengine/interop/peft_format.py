@@ -55,6 +55,7 @@ _HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+_POOLING = "classifies a row by its first slot, a virtual token, where ptengine takes the text's first token"
 
 
 def save_peft(
@@ -136,7 +137,11 @@ def save_peft(
             head = {name: own[name] for name in head}
         tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in head.items()}
     if task_type == "SEQ_CLS" and kind == "encoder" and peft_type in SOFT_TYPES:
-        _warn_of_pooling(f"{peft_type} is written for {facts.model_type!r}")
+        warnings.warn(
+            f"{peft_type} is written for {facts.model_type!r}, whose model in PEFT {_POOLING}: its logits differ from "
+            "those here (a prefix has the same ones)",
+            stacklevel=2,
+        )
     count = prompts[0].num_virtual_tokens
     config: dict[str, Any] = {
         "auto_mapping": None,
@@ -251,7 +256,10 @@ def load_peft(
         raise InputError(f"{directory / WEIGHTS_NAME}: {error}") from error
     head = _checked_head(tensors, model, config.get("task_type")) if load_head else {}
     if head and config.get("task_type") == "SEQ_CLS" and spec.kind == "encoder" and not is_prefix:
-        _warn_of_pooling(f"the head in {str(directory)!r} was trained by PEFT")
+        warnings.warn(
+            f"the head in {str(directory)!r} has learned something else if PEFT trained it, whose model {_POOLING}",
+            stacklevel=2,
+        )
 
     described = {"num_virtual_tokens": count, "init": "array"}
     device = spec.word_embeddings.weight.device
@@ -270,14 +278,6 @@ def load_peft(
         for parameter, tensor in head.values():
             parameter.copy_(tensor)
     return prompt.to(device)
-
-
-def _warn_of_pooling(what: str) -> None:
-    warnings.warn(
-        f"{what}, whose model classifies a row by its first slot, a virtual token; ptengine classifies by the text's "
-        "first token, so the logits differ (those of a prefix do not)",
-        stacklevel=3,
-    )
 
 
 def _write(directory: str | os.PathLike[str], tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from typing import Any
 
 import pytest
@@ -235,6 +236,21 @@ def test_a_real_model_both_ways(tmp_path, shared):
         torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
         back = load_peft(tmp_path / name, model)
         assert all(torch.equal(back.state_dict()[key], tensor) for key, tensor in prompt.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", ["soft", "prefix"])
+@pytest.mark.parametrize("family", ["bert", "gpt2-classifier"])
+def test_a_classifier_that_peft_pools_elsewhere_says_so(tmp_path, family, kind):
+    """It was written, and read, without a word, and predicted something else."""
+    model = make_model(family)
+    differs = (family, kind) == ("bert", "soft")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        save_peft(prompt_for(model, kind), tmp_path, model, task_type="SEQ_CLS")
+        load_peft(tmp_path, model)
+        load_peft(tmp_path, model, load_head=False)
+    about = [str(one.message) for one in said if "first slot, a virtual token" in str(one.message)]
+    assert len(about) == (2 if differs else 0)
 
 
 @pytest.mark.parametrize("family", ["bert", "gpt2-classifier"])

@@ -26,7 +26,7 @@ from ptengine import HeadedPrompt, load_prompt
 from ptengine.backbone.heads import task_head, with_weights
 from ptengine.data import QuestionAnsweringTask, SequenceClassificationTask, Task, TokenClassificationTask
 from ptengine.errors import InputError
-from ptengine.prompts import LoPAPrompt
+from ptengine.prompts import LoPAPrompt, PTuning
 from ptengine.training import PromptSet, Trainer, TrainingResult, evaluate, sweep
 
 
@@ -164,6 +164,21 @@ def test_a_killed_run_goes_on_exactly(tiny: ModuleType, tmp_path: Path) -> None:
     prompt, got = run("cut", 8, resume=True)
     assert got.losses == expected.losses
     assert all(torch.equal(weight, prompt.state_dict()[key]) for key, weight in whole.state_dict().items())
+
+
+def test_a_prompt_of_another_start_goes_on(tiny: ModuleType, tmp_path: Path) -> None:
+    """As a prompt without a head does: what P-tuning takes its own rate from was compared, inside the headed one."""
+    model, task = tiny.bert(), tiny.head_task()
+    rates = set()
+    for seed, steps, resume in ((1, 2, False), (2, 4, True)):
+        prompt = PTuning(model, 3, seed=seed)
+        rates.add(prompt.default_learning_rate())
+        trainer = tiny.trainer(
+            tmp_path / "run", model, headed(model, prompt, task, seed=4), task, tokens=special(tiny), max_steps=steps,
+            save_steps=1, lr_scheduler_type="constant", learning_rate=0.01,
+        )  # fmt: skip
+        assert trainer.fit(resume=resume).steps == steps
+    assert len(rates) == 2
 
 
 @pytest.mark.parametrize(
