@@ -33,30 +33,34 @@ def gain(new: Any, old: Any, axis: int = -1) -> Any:
 
 
 def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """By method and shots, and over all: accuracies, measures against scratch, and the issue's comparisons."""
+    """By method and shots, and over all: accuracies, measures against scratch, and the issue's comparisons.
+
+    Of scores that not every pair of a group has there is nothing, but for the longer runs.
+    """
     groups: dict[str, list[str]] = {}
     for name in pairs:
         groups.setdefault("-".join(name.split("-")[:2]), []).append(name)
     found: dict[str, Any] = {}
-    scored = [
-        name for name in (*SCORES, JOINT_ALL, *POOLED, *POOLED_CONTROLS) if all(name in pair for pair in pairs.values())
-    ]
-    columns: dict[str, list[float]] = {name: [] for name in ("scratch", "scratch_of_one_setting", *scored)}
+    columns: dict[str, list[float]] = {}
     for group, names in sorted(groups.items()):
         configurations = pairs[names[0]]["scratch"]
         mean = {of: statistics.mean(pairs[name]["scratch"][of] for name in names) for of in configurations}
         best = max(mean, key=mean.__getitem__)
-        scores = {of: [pairs[name][of] for name in names] for of in scored}
+        scores = {
+            of: [pairs[name][of] for name in names]
+            for of in (*SCORES, JOINT_ALL, *POOLED, *POOLED_CONTROLS)
+            if all(of in pairs[name] for name in names)
+        }
         scores["scratch"] = [pairs[name]["scratch"][best] for name in names]
         scores["scratch_of_one_setting"] = [pairs[name]["scratch"][PLAIN_SETTING] for name in names]
         found[group] = {"scratch_configuration": best, **compared(scores)}
-        if all(LONGER in pairs[name] for name in names):
-            better = [max(pair) for pair in zip(scores["source_only"], scores["scratch"], strict=True)]
-            found[group][LONGER] = lengthened([pairs[name][LONGER] for name in names], better)
+        if longer := [name for name in names if LONGER in pairs[name]]:
+            better = [max(pairs[name]["source_only"], pairs[name]["scratch"][best]) for name in longer]
+            found[group][LONGER] = lengthened([pairs[name][LONGER] for name in longer], better)
         for of, values in scores.items():
-            columns[of] += values
-    if columns["scratch"]:
-        found["all"] = compared(columns)
+            columns.setdefault(of, []).extend(values)
+    if columns:
+        found["all"] = compared({of: values for of, values in columns.items() if len(values) == len(pairs)})
     for kind, related in (("unrelated", False), ("related", True)):
         mine = [of for name, of in guards.items() if (f"-{RELATED}-" in name) is related]
         if mine:
@@ -87,7 +91,13 @@ def lengthened(pairs: Sequence[Mapping[str, Sequence[float]]], better: Sequence[
     mean = {name: [statistics.mean(of) for of in by_length] for name, by_length in scores.items()}
     best = {name: max(lengths, key=mean[name].__getitem__) for name in scores}
     best_plain = scores["plain"][best["plain"]]
-    found: dict[str, Any] = {"accuracy": mean, "over_plain": {}, "best_over_best_plain": {}, "within_1_point": {}}
+    found: dict[str, Any] = {
+        "pairs": len(pairs),
+        "accuracy": mean,
+        "over_plain": {},
+        "best_over_best_plain": {},
+        "within_1_point": {},
+    }
     for name, by_length in scores.items():
         near = ([high - low <= _POINT for low, high in zip(of, better, strict=True)] for of in by_length)
         found["within_1_point"][name] = [statistics.mean(of) for of in near]  # the share of pairs

@@ -93,6 +93,16 @@ def test_the_joint_loss_of_all_domains_is_compared_once_every_pair_has_it() -> N
     assert found["measures"]["joint_all"]["absolute_gain"]["value"] == pytest.approx(0.24)
 
 
+def test_what_one_group_lacks_counts_in_the_others() -> None:
+    pairs = {f"{method}-16-music-{seed}": pair({ONE: 0.5}, 0.7) for method in ("soft", "deep") for seed in range(2)}
+    for seed in range(2):
+        pairs[f"soft-16-music-{seed}"]["joint_all"] = 0.75
+    found = transfer_summary.summary(pairs, {})
+    assert found["soft-16"]["accuracy"]["joint_all"] == pytest.approx(0.75)
+    assert not {"joint_all"} & (set(found["deep-16"]["accuracy"]) | set(found["all"]["accuracy"]))
+    assert found["all"]["pairs"] == 4
+
+
 def test_a_run_without_single_sources_is_summed_up_by_what_it_has() -> None:
     pairs = {
         f"deep-32-music-{seed}": {
@@ -119,8 +129,9 @@ def test_longer_runs_are_compared_at_equal_and_at_their_best_lengths() -> None:
     """Plain tuning at its own best, which is its first length here: a strategy that only overfits later gains less."""
     pairs = {f"soft-16-music-{seed}": pair({ONE: 0.5}, 0.7, source_only=0.745) for seed in range(2)}
     longer = {"plain": [0.74, 0.70, 0.60], "joint": [0.70, 0.75, 0.73]}
-    pairs["soft-16-music-0"]["longer"] = longer
     assert "longer" not in transfer_summary.summary(pairs, {})["soft-16"]
+    pairs["soft-16-music-0"]["longer"] = longer
+    assert transfer_summary.summary(pairs, {})["soft-16"]["longer"]["pairs"] == 1
     pairs["soft-16-music-1"]["longer"] = {"plain": [0.76, 0.80, 0.60], "joint": [0.72, 0.77, 0.75]}
     found = transfer_summary.summary(pairs, {})["soft-16"]["longer"]
     assert found["accuracy"]["plain"] == pytest.approx([0.75, 0.75, 0.60])
