@@ -97,7 +97,10 @@ def _embed(
     model: Any, prompt: Any, texts: Sequence[str], tokenizer: Any, batch_size: int, max_length: int | None, cut: bool
 ) -> Tensor:
     spec = require_patched(model)
-    lowered = prompt if prompt is None or isinstance(prompt, VirtualTokens | KeyValuePrefix) else prompt.lower()
+    lowered = prompt
+    if prompt is not None and not isinstance(prompt, VirtualTokens | KeyValuePrefix):
+        prompt.facts.require_fits(spec, "the prompt")
+        lowered = prompt.lower()
     room = spec.max_positions - (0 if lowered is None else lowered.num_virtual_tokens)
     limit = room if max_length is None else max_length
     if limit > room:

@@ -171,7 +171,7 @@ def _generate_targets(
     for name, reason in REFUSED.items():
         if kwargs.get(name) is not None:
             raise InputError(f"expected no {name}: {reason}")
-    prompts, prompt_ids = _lowered(prompt, len(ids))
+    prompts, prompt_ids = _lowered(spec, prompt, len(ids))
     pad = _padding_token(model, tokenizer, kwargs)
     return generate_targets(model, spec, prompts, prompt_ids, ids, _new_tokens(model, 1, kwargs), pad, kwargs)
 
@@ -183,7 +183,7 @@ def _generate_in_row(
     name = cache_name(model, kwargs)
     if name not in (None, "dynamic"):
         raise InputError(f"expected the dynamic cache, in which virtual tokens have slots of their own, got {name!r}")
-    lowered, chosen = _lowered(prompt, len(ids))
+    lowered, chosen = _lowered(spec, prompt, len(ids))
     texts = pack_rows(ids).to(spec.word_embeddings.weight.device)
     prompts, prompt_ids = own_prompts(spec, lowered, chosen, texts)
     for one in prompts:
@@ -295,7 +295,7 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
     return rows, as_text
 
 
-def _lowered(prompt: Any, batch: int) -> tuple[list[LoweredPrompt], list[int]]:
+def _lowered(spec: BackboneSpec, prompt: Any, batch: int) -> tuple[list[LoweredPrompt], list[int]]:
     """Every distinct prompt once, and the prompt of every row among them, -1 for none."""
     if prompt is None:
         return [], [-1] * batch
@@ -304,6 +304,9 @@ def _lowered(prompt: Any, batch: int) -> tuple[list[LoweredPrompt], list[int]]:
         raise InputError(f"expected one prompt or one per input ({batch}), got {len(per_row)}")
     distinct = {id(one): one for one in per_row if one is not None}
     order = {key: index for index, key in enumerate(distinct)}
+    for one in distinct.values():
+        if not isinstance(one, LoweredPrompt):
+            one.facts.require_fits(spec, "the prompt")
     lowered = [_as_used(one) for one in distinct.values()]
     return lowered, [-1 if one is None else order[id(one)] for one in per_row]
 
@@ -322,7 +325,7 @@ def _kept_prompts(
     model: Any, spec: BackboneSpec, prompt: Any, ids: list[list[int]]
 ) -> tuple[list[KeyValuePrefix | GatedTokens], list[int]]:
     """Every distinct prompt once, its virtual tokens as keys and values, and the prompt of every row of token ids."""
-    lowered, chosen = _lowered(prompt, len(ids))
+    lowered, chosen = _lowered(spec, prompt, len(ids))
     texts = pack_rows(ids).to(spec.word_embeddings.weight.device)
     prompts, prompt_ids = own_prompts(spec, lowered, chosen, texts)
     for one in prompts:

@@ -26,7 +26,7 @@ from ptengine.data.masked_tasks import MaskedClassificationTask
 from ptengine.data.metrics import answer_metrics, classification_metrics, entity_metrics, generation_metrics
 from ptengine.data.question_answering import QuestionAnsweringTask
 from ptengine.data.seq2seq_task import Seq2SeqClassificationTask, Seq2SeqTask
-from ptengine.data.sources import check_columns, load_rows
+from ptengine.data.sources import check_columns, load_rows, named_rows
 from ptengine.data.tasks import (
     ClassificationTask,
     GenerationTask,
@@ -67,5 +67,6 @@ __all__ = [
     "entity_metrics",
     "generation_metrics",
     "load_rows",
+    "named_rows",
     "text_columns",
 ]

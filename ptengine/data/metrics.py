@@ -18,8 +18,12 @@ from ptengine.errors import InputError
 
 __all__ = ["answer_metrics", "classification_metrics", "entity_metrics", "generation_metrics"]
 
-_IDEOGRAPHS = "\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_ANSWER_WORD = re.compile(rf"[{_IDEOGRAPHS}]|[^\s{_IDEOGRAPHS}]+")
+IDEOGRAPHS = (
+    "\u2e80-\u2fff\u3005-\u3007\u3021-\u302f\u3031-\u303c\u3041-\u309f\u30a1-\u30fa\u30fc-\u9fff\uf900-\ufaff"
+    "\U00020000-\U0003ffff"
+)
+"""Ranges of a character class: Chinese characters and Japanese kana, without the punctuation among them."""
+_ANSWER_WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\s{IDEOGRAPHS}]+")
 _BLEU_TOKENIZERS = ("13a", "zh", "intl", "char")
 
 
@@ -181,7 +185,7 @@ def _bag_f1(one: Sequence[str], other: Sequence[str]) -> float:
 class _Words:
     """rouge-score's words for English; its own tokenizer drops every letter outside ASCII, so Chinese scored 0."""
 
-    _word = re.compile(rf"[{_IDEOGRAPHS}]|[^\W_{_IDEOGRAPHS}]+")
+    _word = re.compile(rf"[{IDEOGRAPHS}]|[^\W_{IDEOGRAPHS}]+")
 
     def tokenize(self, text: str) -> list[str]:
         return self._word.findall(text.lower())

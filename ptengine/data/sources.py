@@ -26,7 +26,7 @@ from pandas.errors import ParserWarning
 from ptengine.data.cells import described, listed, place
 from ptengine.errors import InputError
 
-__all__ = ["check_columns", "load_rows"]
+__all__ = ["check_columns", "load_rows", "named_rows"]
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -72,6 +72,29 @@ def load_rows(
     raise InputError(
         f"{name}: expected a path, a list of dicts or a datasets.Dataset, got an object of type {type(source).__name__}"
     )
+
+
+def named_rows(dataset: Dataset) -> list[dict[str, Any]]:
+    """The rows as dicts, in which a class of a `datasets.ClassLabel` column has its name, and -1 is null."""
+    features = {name: feature for name, feature in dataset.features.items() if _has_classes(feature)}
+    return [
+        {**row, **{name: _named(feature, row[name]) for name, feature in features.items()}}
+        for row in dataset.with_format(None)
+    ]
+
+
+def _has_classes(feature: Any) -> bool:
+    return isinstance(feature, datasets.ClassLabel) or (
+        isinstance(feature, datasets.List) and _has_classes(feature.feature)
+    )
+
+
+def _named(feature: Any, value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(feature, datasets.List):
+        return [_named(feature.feature, one) for one in value]
+    return feature.int2str(value) if value >= 0 else None
 
 
 def check_columns(dataset: Dataset, needed: Sequence[str], source_name: str) -> None:

@@ -28,7 +28,8 @@ _TURNING_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to a text; a word is what stands between blanks, or one Chinese, Japanese or Korean character.
+    """What is done to a text; a word is what stands between blanks, or one Chinese, Japanese or Korean character;
+    punctuation alone is none and stays.
 
     Attributes:
         copies: changed copies of every row, at least 1.
@@ -123,7 +124,7 @@ def augment(
 def changed_text(text: str, settings: Augmentation, draw: random.Random) -> str:
     """`text` with words left out and neighbours swapped; at least one word stays, and those that negate as they are."""
     pieces = _PIECES.findall(text)
-    words = [i for i, piece in enumerate(pieces) if not piece.isspace()]
+    words = [i for i, piece in enumerate(pieces) if any(map(str.isalnum, piece))]
     free = {i for i in words if not _turns(pieces[i])}
     moved = -1
     for one, other in pairwise(words):

@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from ptengine.backbone.spec import backbone_spec
-from ptengine.data import ClassificationTask, load_rows
+from ptengine.data import ClassificationTask, load_rows, named_rows
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import write_json_atomic
 from ptengine.prompts import SoftPrompt
@@ -124,7 +124,7 @@ def bridge(
         raise InputError(
             f"expected eval_strategy off, since bridging holds back rows itself, got {training.eval_strategy!r}"
         )
-    rows = [dict(row) for row in load_rows(shots, name="shots").with_format(None)]
+    rows = named_rows(load_rows(shots, name="shots"))
     labels = [str(row.get(task.label_column)) for row in rows]
     kept, away = folds(labels, len(rows), _PARTS, training.seed)[0]
     work = _Work(model, tokenizer, task, training, [rows[i] for i in kept], [rows[i] for i in away], num_virtual_tokens)

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptengine.data import check_columns, load_rows
+from ptengine.data import check_columns, load_rows, named_rows
 from ptengine.data.cells import label_name, text_value
 from ptengine.errors import InputError
 from ptengine.training.preparation import DataSource
@@ -154,7 +154,7 @@ def clean(
     source = str(data) if isinstance(data, str) or hasattr(data, "__fspath__") else name
     columns = [*dict.fromkeys([*text_columns, *([] if label_column is None else [label_column])])]
     check_columns(dataset, columns, source)
-    raw: list[Row] = [dict(row) for row in dataset.with_format(None).select_columns(columns)]
+    raw: list[Row] = named_rows(dataset.select_columns(columns))
     work = _Work(settings, source, text_columns, label_column)
     kept = work.complete(raw)
     kept = work.capped(kept)

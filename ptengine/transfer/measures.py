@@ -20,6 +20,7 @@ from ptengine.errors import InputError
 __all__ = ["Interval", "paired_interval", "steps_to_reach", "transfer_measures"]
 
 RESAMPLES = 9999
+_DRAWN_AT_ONCE = 1_000_000  # numbers of resamples; all at once would be gigabytes for some thousand pairs
 CONFIDENCE = 0.95
 
 
@@ -61,6 +62,7 @@ def paired_interval(
             found = stats.bootstrap(
                 checked, statistic, paired=True, vectorized=True, n_resamples=RESAMPLES, confidence_level=CONFIDENCE,
                 method="percentile", rng=np.random.default_rng(seed),
+                batch=max(1, _DRAWN_AT_ONCE // checked[0].size),
             ).confidence_interval  # fmt: skip
             if np.isfinite(found.low) and np.isfinite(found.high):
                 low, high = float(found.low), float(found.high)

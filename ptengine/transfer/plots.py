@@ -5,17 +5,33 @@ Text stays text, so the reader's fonts draw it, Chinese names included. Knows nu
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec
 
 __all__ = ["gain_heat_map", "learning_curves", "similarity_scatter"]
 
 Point = tuple[str, float, float]
+P = ParamSpec("P")
 
 
+def _literally(draw: Callable[P, str]) -> Callable[P, str]:
+    """A picture in whose names a dollar sign begins no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*args: P.args, **kwargs: P.kwargs) -> str:
+        import matplotlib
+
+        with matplotlib.rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@_literally
 def gain_heat_map(gains: Mapping[str, Mapping[str, float]]) -> str:
     """Source (rows) by target (columns): the gain over scratch in points; a pair that was not tried stays blank."""
     sources = list(gains)
@@ -36,6 +52,7 @@ def gain_heat_map(gains: Mapping[str, Mapping[str, float]]) -> str:
     return _svg(figure)
 
 
+@_literally
 def learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], metric: str) -> str:
     """`metric` over optimiser steps, one line per name."""
     figure, axes = _figure(6.4, 3.6)
@@ -48,6 +65,7 @@ def learning_curves(curves: Mapping[str, Sequence[tuple[int, float]]], metric: s
     return _svg(figure)
 
 
+@_literally
 def similarity_scatter(points: Sequence[Point], measure: str) -> str:
     """Similarity of source and target against the gain over scratch in points: (name, similarity, gain) each."""
     figure, axes = _figure(5.6, 3.8)

@@ -76,12 +76,12 @@ def write_report(folder: str | Path, report: Report) -> dict[str, Path]:
 
 
 def _markdown(report: Report) -> str:
-    parts = [f"# {report.title}", "\n".join(f"- {_inline(line)}" for line in report.summary)]
+    parts = [f"# {_inline(report.title)}", "\n".join(f"- {_inline(line)}" for line in report.summary)]
     for table in report.tables:
         head = "| " + " | ".join(_inline(column) for column in table.columns) + " |"
         rule = "|" + "|".join("---:" if index else "---" for index in range(len(table.columns))) + "|"
         body = ["| " + " | ".join(_inline(_cell(cell)) for cell in row) + " |" for row in table.rows]
-        parts += [f"## {table.title}", "\n".join([head, rule, *body])]
+        parts += [f"## {_inline(table.title)}", "\n".join([head, rule, *body])]
     parts += [f"![{_inline(figure.caption)}]({figure.name}.svg)" for figure in report.figures]
     if report.notes:
         parts += ["## Notes", "\n".join(f"- {_inline(note)}" for note in report.notes)]
@@ -89,8 +89,10 @@ def _markdown(report: Report) -> str:
 
 
 def _inline(text: str) -> str:
-    """Text that cannot end a list item or a table cell."""
-    return " ".join(text.split()).replace("|", "\\|")
+    """Text that is shown as it is, and cannot end a list item or a table cell."""
+    for letter, shown in (("&", "&amp;"), ("<", "&lt;"), ("\\", "\\\\"), ("|", "\\|")):
+        text = text.replace(letter, shown)
+    return " ".join(text.split())
 
 
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptengine.data import GenerationTask, LabelledTask, Task, load_rows
+from ptengine.data import GenerationTask, LabelledTask, Task, load_rows, named_rows
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_json_atomic
 from ptengine.prompts.base import Prompt
@@ -135,7 +135,7 @@ def transfer(
             raise InputError(f"expected {name} off in a transfer, where no rows choose the step, got it on")
     if eval_data is None and training.eval_strategy not in (None, "no"):
         raise InputError(f"expected eval_data with eval_strategy={training.eval_strategy!r}, got None")
-    rows: Rows = [dict(row) for row in load_rows(shots, name="shots").with_format(None)]
+    rows: Rows = named_rows(load_rows(shots, name="shots"))
     labels = [str(row.get(task.label_column)) for row in rows] if isinstance(task, LabelledTask) else None
     parts = [] if guard is None else folds(labels, len(rows), guard.folds, training.seed)
     procedure = Procedure(

@@ -22,14 +22,15 @@ from torch.nn import functional as F
 
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import Template
+from ptengine.data.metrics import IDEOGRAPHS
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt
 from ptengine.transfer.attention_received import attention_received
 
 __all__ = ["CJK", "PromptWord", "attention_words", "domain_terms", "in_text", "segments", "with_words", "words_prompt"]
 
-CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003ffff"
-"""Ranges of a character class: Chinese, Japanese and Korean."""
+CJK = f"{IDEOGRAPHS}\uac00-\ud7af"
+"""Ranges of a character class: letters of Chinese, Japanese and Korean."""
 
 _RUNS = re.compile(rf"([{CJK}]+)|([^\W_{CJK}]+(?:['’-][^\W_{CJK}]+)*)")
 _PIECES = (2, 3, 4)

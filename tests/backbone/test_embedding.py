@@ -91,3 +91,14 @@ def test_bad_inputs() -> None:
         ptengine.embed(make("llama"), None, TEXTS, tokens)
     with patched(model), pytest.raises(InputError, match="empty row 1"):
         text_embeddings(model, None, pack_rows([[5], []]))
+
+
+def test_a_prompt_of_another_backbone_of_the_same_width() -> None:
+    """Vectors and texts came out, and meant nothing."""
+    torch.manual_seed(0)
+    deeper = BertModel(config("bert", num_hidden_layers=4)).eval().requires_grad_(False)
+    with pytest.raises(InputError, match="expected num_layers 3, got 4"):
+        ptengine.embed(deeper, ptengine.SoftPrompt(encoder(), 3), TEXTS, tokenizer())
+    other = make("llama", num_hidden_layers=4)
+    with pytest.raises(InputError, match="expected num_layers 3, got 4"):
+        ptengine.generate(other, ptengine.SoftPrompt(make("llama"), 3), random_rows(5), max_new_tokens=1)

@@ -53,3 +53,10 @@ def test_chinese() -> None:
     texts, references = ["我们提出一种新的方法"], [["我们提出一种方法"]]
     assert generation_metrics(texts, references)["bleu"] < 1  # one "word" for 13a
     assert generation_metrics(texts, references, bleu_tokenizer="zh")["bleu"] > 50
+
+
+def test_a_full_stop_is_no_word() -> None:
+    """Every Chinese sentence had one in common with every other."""
+    for one, other in (("好。", "坏。"), ("「好」", "「坏」"), ("好、", "坏、"), ("ア・", "イ・"), ("good.", "bad.")):
+        assert generation_metrics([one], [[other]])["rouge_l"] == 0
+    assert generation_metrics(["人々。"], [["人々"]])["rouge_l"] == pytest.approx(1)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-from ptengine.data import check_columns, load_rows
+from ptengine.data import check_columns, load_rows, named_rows
 from ptengine.errors import InputError
 
 ROWS = [
@@ -173,3 +173,14 @@ def test_a_dataset_of_mixed_values_may_be_mapped() -> None:
     rows = load_rows([{"text": "a", "label": "01"}, {"text": "b", "label": 2}])
     mapped = rows.map(lambda row: {"length": len(row["text"])})
     assert mapped[0] == {"text": "a", "label": "01", "length": 1}
+
+
+def test_classes_by_name() -> None:
+    """Rows as dicts had the numbers, which tasks then took for labels: of others, where names are numbers, too."""
+    labels = datasets.ClassLabel(names=["1", "0"])
+    features = datasets.Features({"text": datasets.Value("string"), "label": labels, "tags": datasets.List(labels)})
+    rows = [{"text": "a", "label": 0, "tags": [0, 1]}, {"text": "b", "label": -1, "tags": None}]
+    assert named_rows(datasets.Dataset.from_list(rows, features=features)) == [
+        {"text": "a", "label": "1", "tags": ["1", "0"]},
+        {"text": "b", "label": None, "tags": None},
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -82,3 +83,17 @@ def test_rows_without_text_are_refused() -> None:
         augment([{"text": "a b"}, {"text": None}], ["text"], Augmentation())
     with pytest.raises(InputError, match="at least one text column"):
         augment(ROWS, [], Augmentation())
+
+
+def test_punctuation_stays_where_it_is() -> None:
+    """Full stops were left out and swapped with the characters beside them."""
+    draw = random.Random(0)
+    for text in ("味道很好。但是服务一般，环境不错。", "fine food , slow waiters ."):
+        for _ in range(50):
+            changed = changed_text(text, Augmentation(delete=0.0, swap=0.9), draw)
+            assert [(i, x) for i, x in enumerate(changed) if x in "。，"] == [
+                (i, x) for i, x in enumerate(text) if x in "。，"
+            ]
+            assert re.sub(r"\w", "", changed_text(text, Augmentation(delete=0.5, swap=0.0), draw)).replace(" ", "") == (
+                re.sub(r"\w", "", text).replace(" ", "")
+            )

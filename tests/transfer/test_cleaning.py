@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import ClassLabel, Dataset
 
 from ptengine.errors import InputError
 from ptengine.transfer.cleaning import Cleaning, clean, normalized
@@ -116,3 +117,11 @@ def test_bad_input_is_refused() -> None:
     for bad in ({"normalization": "NFD"}, {"too_long": "keep"}, {"per_label": 0}, {"balance": "up"}, {"seed": -1}):
         with pytest.raises(InputError, match="expected"):
             Cleaning(**bad)  # type: ignore[arg-type]
+
+
+def test_classes_of_a_dataset_have_their_names() -> None:
+    """They became the numbers by which datasets stores them."""
+    rows = Dataset.from_list([{"text": "a b", "label": 0}, {"text": "c d", "label": 1}])
+    named = rows.cast_column("label", ClassLabel(names=["spam", "ham"]))
+    found = clean(named, text_columns=["text"], label_column="label").rows
+    assert [row["label"] for row in found] == ["spam", "ham"]

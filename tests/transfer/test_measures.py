@@ -71,3 +71,20 @@ def test_bad_scores_are_refused() -> None:
 def test_steps_to_reach() -> None:
     curve = [(10, 0.4), (20, 0.6), (30, 0.5)]
     assert [steps_to_reach(curve, score) for score in (0.3, 0.6, 0.7)] == [10, 20, None]
+
+
+def test_resamples_of_many_pairs_are_drawn_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All at once they took gigabytes for the rows of a common test file."""
+    drawn: list[int] = []
+
+    def difference(one: np.ndarray, other: np.ndarray, axis: int = -1) -> np.ndarray:
+        drawn.append(one.size)
+        return (one - other).mean(axis)
+
+    generator = np.random.default_rng(0)
+    one, other = generator.random(4000), generator.random(4000)
+    found = paired_interval([one, other], difference)
+    assert max(drawn) <= 1_000_000
+    assert sum(drawn) >= 9999 * 4000
+    monkeypatch.setattr("ptengine.transfer.measures._DRAWN_AT_ONCE", 10**9)
+    assert paired_interval([one, other], difference) == found

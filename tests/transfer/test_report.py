@@ -85,3 +85,22 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="JSON"):
         write_report(tmp_path, Report("u", [], [], data={"a": float("nan")}))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_dollar_in_a_name_begins_no_formula() -> None:
+    """The report of a finished transfer to cost_$5_and_$6.csv failed in matplotlib's parser of mathematics."""
+    name = "cost_$5_and_$6 \\frac$"
+    for svg in (
+        gain_heat_map({name: {name: 0.1}}),
+        learning_curves({name: [(1, 0.5), (2, 0.6)]}, "accuracy"),
+        similarity_scatter([(name, 1.0, 0.1)], "shot_loss"),
+    ):
+        assert name in texts(svg)
+
+
+def test_markdown_holds_no_html_and_no_cells_of_a_label(tmp_path: Path) -> None:
+    label = "<script>a&b</script> x\\|y"
+    report = Report(label, [label], [Table(label, ["label"], [[label]])], notes=[label])
+    text = write_report(tmp_path, report)["markdown"].read_text()
+    assert "<script>" not in text
+    assert text.count("&lt;script>a&amp;b&lt;/script> x\\\\\\|y") == 5

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import ClassLabel, Dataset
 from transformers import BertForMaskedLM
 
 from ptengine.data import EmbeddingTask, MaskedClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer
@@ -266,3 +267,16 @@ def test_a_bank_of_several_forms_is_refused(world: Any, tiny: ModuleType, tmp_pa
     result = world.run(tmp_path / "out", bank=bank, exclude=["deep"])
     assert list(result.selected) == ["soft"]
     assert "model_type" in result.search.refused["llama"]
+
+
+def test_shots_of_a_dataset_mean_what_they_mean_in_training(world: Any, tiny: ModuleType, tmp_path: Path) -> None:
+    """The numbers of its classes were taken for their names, so labels could be those of other classes."""
+    rows = tiny.rows(8)
+    names = list(dict.fromkeys(row["label"] for row in rows))
+    numbered = [{**row, "label": names.index(row["label"])} for row in rows]
+    shots = Dataset.from_list(numbered).cast_column("label", ClassLabel(names=names))
+    by_rows, by_dataset = (
+        world.run(tmp_path / name, shots=given).runs["transferred"].losses
+        for name, given in (("rows", rows), ("dataset", shots))
+    )
+    assert by_rows == by_dataset

@@ -144,3 +144,10 @@ def test_bad_input_is_refused(tiny: ModuleType) -> None:
         attention_words(model, tokens, FILMS, MEALS, diversity=1.0)
     with pytest.raises(InputError, match="fast tokenizer"):
         attention_words(model, object(), FILMS, MEALS)
+
+
+def test_punctuation_cuts_chinese() -> None:
+    """A full stop was a letter, and the best term of two texts one with it."""
+    assert {text for text, _, _ in segments("很好吃。不错「人々」")} == {"很好", "好吃", "很好吃", "不错", "人々"}
+    terms = domain_terms(["菜很好吃。推荐", "面很好吃。推荐"], ["手机很好用。推荐", "电池很好用。推荐"])
+    assert not [term.text for term in terms if "。" in term.text]
