@@ -88,7 +88,7 @@ BAD = {
         {"encoder_reparameterization_type": "MLP", "encoder_num_layers": 2},
         "no encoder_num_layers with the MLP.*got 2",
     ),
-    "negative seed": ({"seed": -1}, "seed, a whole number of at least 0, got -1"),
+    "negative seed": ({"seed": -1}, "seed, a whole number from 0 to 2\\*\\*63 - 1, got -1"),
 }
 
 

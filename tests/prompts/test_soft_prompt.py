@@ -240,8 +240,8 @@ BAD = {
         {"init": "sampled_vocab", "array": torch.zeros(4, 32)},
         "init='sampled_vocab' does not use array",
     ),
-    "negative seed": ({"seed": -1}, "seed, a whole number of at least 0, got -1"),
-    "seed of another type": ({"seed": "0"}, "seed, a whole number of at least 0, got '0'"),
+    "negative seed": ({"seed": -1}, "seed, a whole number from 0 to 2\\*\\*63 - 1, got -1"),
+    "seed of another type": ({"seed": "0"}, "seed, a whole number from 0 to 2\\*\\*63 - 1, got '0'"),
 }
 
 

@@ -61,7 +61,7 @@ def test_it_follows_a_change_of_dtype(gpt2):
 BAD = {
     "no rank": ({"rank": 0}, "rank, a whole number of at least 1, got 0"),
     "a negative projection": ({"projection_seed": -1}, "projection_seed, a whole number of at least 0, got -1"),
-    "a negative seed": ({"seed": -1}, "seed, a whole number of at least 0, got -1"),
+    "a negative seed": ({"seed": -1}, "seed, a whole number from 0 to 2\\*\\*63 - 1, got -1"),
 }
 
 
