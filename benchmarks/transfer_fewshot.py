@@ -185,17 +185,17 @@ def tuned_by(
     return [e["accuracy"] for e in lab.fit(fit, loss).evaluations]
 
 
-def run_longer(lab: Lab, keys: Sequence[Key], settings: Mapping[str, Any], out: Path) -> None:
-    """Add to every pair what three times the steps make of the selected prompt, plainly and anchored."""
-    for key in keys:
-        of = json.loads(path_of(out, key).read_text())
-        start = lab.source(key[0], "sources", of["selected"])
-        own, all_others = lab.encode(of["selected"], "train"), lab.other_rows(key[2])
-        scores = {
-            name: tuned_by(lab, strategy, key, start, all_others if name == JOINT_ALL else own, settings, 3)
-            for name, strategy in LONGER_STRATEGIES.items()
-        }
-        add_scores(out, key, of, {LONGER: scores})
+def run_longer(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
+    """Add to every pair of `method` what three times the steps make of the selected prompt, plainly and anchored."""
+    all_others = {target: lab.other_rows(target) for target in settings["targets"]}
+    for found in lacking([LONGER], method, settings, out, deadline):
+        for key, of in found.items():
+            start, own = lab.source(method, "sources", of["selected"]), lab.encode(of["selected"], "train")
+            scores = {
+                name: tuned_by(lab, strategy, key, start, all_others[key[2]] if name == JOINT_ALL else own, settings, 3)
+                for name, strategy in LONGER_STRATEGIES.items()
+            }
+            add_scores(out, key, of, {LONGER: scores})
 
 
 def run_joint_all(lab: Lab, method: str, settings: Mapping[str, Any], out: Path, deadline: float) -> None:
@@ -419,10 +419,10 @@ def main() -> None:
     if args.stage in (None, "sources") and not args.pooled_only:
         for method, kind in [(m, k) for m in settings["methods"] for k in KINDS][index::count]:
             lab.make_sources(method, kind)
-    groups = list(pair_keys(settings, settings["targets"]))
-    if args.device == "cpu":
-        groups = [[key] for group in groups for key in group]
     if args.stage in (None, "pairs"):
+        groups = list(pair_keys(settings, settings["targets"]))
+        if args.device == "cpu":
+            groups = [[key] for group in groups for key in group]
         for group in groups[index::count]:
             missing = [key for key in group if not path_of(args.out, key).exists()]
             if missing and time.monotonic() < deadline:
@@ -434,11 +434,8 @@ def main() -> None:
         for method in settings["methods"][index::count]:
             run_joint_all(lab, method, settings, args.out, deadline)
     if args.stage == "longer":
-        for group in groups[index::count]:
-            there = [key for key in group if path_of(args.out, key).exists()]
-            missing = [key for key in there if LONGER not in json.loads(path_of(args.out, key).read_text())]
-            if missing and time.monotonic() < deadline:
-                run_longer(lab, missing, settings, args.out)
+        for method in settings["methods"][index::count]:
+            run_longer(lab, method, settings, args.out, deadline)
     if args.stage in (None, "pooled"):
         for method in settings["methods"][index::count]:
             run_pooled(lab, method, settings, args.out, deadline)

@@ -39,7 +39,7 @@ from ptengine.backbone.causal_rows import CausalRows, RowPrompts
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
 from ptengine.backbone.in_row import carries_its_prompt
-from ptengine.backbone.kept_lowering import KeptLowering, adapter_states
+from ptengine.backbone.kept_lowering import KeptLowering
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
 from ptengine.backbone.patching import no_mask, patched, require_patched
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
@@ -75,16 +75,14 @@ class _Attachment:
             return self._lower(spec, learns)
         weight = spec.word_embeddings.weight
         half = torch.get_autocast_dtype(weight.device.type) if torch.is_autocast_enabled(weight.device.type) else None
-        state: tuple[Any, ...] = (weight.device, weight.dtype, half, self.prompt.training)
-        if self.is_prefix or spec.kind != "causal":
+        state = (weight.device, weight.dtype, half, self.prompt.training)
+        if self.is_prefix or spec.kind != "causal" or spec.path != "shared":
             weights = []  # which it does not depend on
-        else:
-            state += (*(one.is_inference() or one._version for one in weights), *adapter_states(self.host.model))
         kept = self.kept
         if kept is None or not kept.serves(state, sources, weights):
             with torch.no_grad():
-                copies = [source.clone() for source in sources]
-                kept = self.kept = KeptLowering(state, copies, weights, self._lower(spec, False))
+                lowered = self._lower(spec, False)
+                kept = self.kept = KeptLowering.of(state, sources, weights, self.host.model, lowered)
         return kept.lowered
 
     def _lower(self, spec: BackboneSpec, learns: bool) -> FixedPrompt:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import EncoderDecoderCache
 
-from ptengine.backbone.attached_rows import gather_slots
+from ptengine.backbone.attached_rows import gather_slots, texts_first
 from ptengine.backbone.attention import KEYWORD, PrefixContext
 from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens, require_seen
 from ptengine.backbone.in_row import carries_its_prompt
@@ -99,7 +99,7 @@ class PairHooks:
         assert isinstance(given, Tensor)
         if given.dim() != (2 if text is None else 3):
             raise InputError(f"expected a batch of sources beside an attached prompt, got {list(given.shape)}")
-        kept, front = _texts_first(call.get("attention_mask"), given)  # [B, S] both
+        kept, front = _read_sources(call.get("attention_mask"), given)  # [B, S] both
         size, longest = lowered.num_virtual_tokens, int(kept.sum(1).max())
         if size + longest > spec.max_positions:
             raise InputError(
@@ -208,7 +208,7 @@ class PairHooks:
         return bool(getattr(self._model.config, "use_cache", True) if asked is None else asked)
 
 
-def _texts_first(mask: Any, text: Tensor) -> tuple[Tensor, Tensor]:
+def _read_sources(mask: Any, text: Tensor) -> tuple[Tensor, Tensor]:
     """Which slots hold a token, bool [B, S], once they are in the order int64 [B, S], in which padding is behind."""
     rows, length = text.shape[:2]
     if mask is None:
@@ -218,7 +218,7 @@ def _texts_first(mask: Any, text: Tensor) -> tuple[Tensor, Tensor]:
         raise InputError(f"expected attention_mask of shape [{rows}, {length}] beside an attached prompt, got {got}")
     else:
         kept = mask.to(text.device) != 0
-    front = kept.int().argsort(dim=1, descending=True, stable=True)  # [B, S]
+    front = texts_first(kept)  # [B, S]
     return kept.gather(1, front), front
 
 

@@ -16,13 +16,21 @@ from ptengine.backbone.attention import PrefixContext
 from ptengine.backbone.heads import pooled
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, VirtualTokens
+from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.stock_batch import StockBatch
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["StockContext", "gather_slots", "in_row", "padded_left", "text_part", "with_offsets", "without_first"]
-
-_IGNORED = -100  # the label that the losses of transformers leave out
+__all__ = [
+    "StockContext",
+    "gather_slots",
+    "in_row",
+    "padded_left",
+    "text_part",
+    "texts_first",
+    "with_offsets",
+    "without_first",
+]
 
 
 @dataclass(frozen=True)
@@ -69,7 +77,7 @@ def in_row(
     kept = torch.ones(text.shape[:2], dtype=torch.bool, device=device) if batch.kept is None else batch.kept  # [B, T]
     first, moved, positions = kept.int().argmax(1), None, batch.positions
     if batch.starts is not None and spec.path == "shared":
-        front = kept.int().argsort(dim=1, descending=True, stable=True)  # [B, T], where each slot's token comes from
+        front = texts_first(kept)  # [B, T]
         text, kept, positions = (gather_slots(x, front) for x in (text, kept, positions))
         if call.get("token_type_ids") is not None:
             call["token_type_ids"] = gather_slots(call["token_type_ids"].expand(rows, -1), front)
@@ -163,8 +171,13 @@ def without_first(labels: Any, mask: Any) -> Tensor | None:
     if not isinstance(labels, Tensor) or not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != labels.shape:
         return None
     first = (mask != 0).int().argmax(1, keepdim=True).to(labels.device)  # [B, 1], 0 in a row without padding before it
-    kept = labels.gather(1, first).masked_fill(first > 0, _IGNORED)
+    kept = labels.gather(1, first).masked_fill(first > 0, IGNORE_INDEX)
     return labels.scatter(1, first, kept)
+
+
+def texts_first(kept: Tensor) -> Tensor:
+    """The slots in the order int64 [B, T] in which tokens, bool [B, T], stand before padding; `argsort` goes back."""
+    return kept.int().argsort(dim=1, descending=True, stable=True)
 
 
 def gather_slots(x: Tensor, slots: Tensor) -> Tensor:

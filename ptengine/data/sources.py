@@ -26,7 +26,7 @@ from pandas.errors import ParserWarning
 from ptengine.data.cells import described, listed, place
 from ptengine.errors import InputError
 
-__all__ = ["check_columns", "load_rows", "named_rows"]
+__all__ = ["check_columns", "load_rows", "name_of", "named_rows"]
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -72,6 +72,11 @@ def load_rows(
     raise InputError(
         f"{name}: expected a path, a list of dicts or a datasets.Dataset, got an object of type {type(source).__name__}"
     )
+
+
+def name_of(source: object, name: str) -> str:
+    """What errors call `source`: its path where it is a file, else `name`."""
+    return os.fspath(source) if isinstance(source, str | os.PathLike) else name
 
 
 def named_rows(dataset: Dataset) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
 from ptengine.data.encoding import too_long
+from ptengine.data.sources import name_of
 from ptengine.data.tasks import head_labels, placed_virtual_tokens, trains_head
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
@@ -144,7 +145,7 @@ def encode(
             virtual tokens to predict it from; a token beyond the `vocab_size` words that the backbone embeds; and an
             encoded row that is too long.
     """
-    source_name = os.fspath(data) if isinstance(data, str | os.PathLike) else name
+    source_name = name_of(data, name)
     if isinstance(data, EncodedSplit):
         split = data
         for row in split:

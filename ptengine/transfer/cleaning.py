@@ -16,6 +16,7 @@ from typing import Any
 
 from ptengine.data import check_columns, load_rows, named_rows
 from ptengine.data.cells import label_name, text_value
+from ptengine.data.sources import name_of
 from ptengine.errors import InputError
 from ptengine.training.preparation import DataSource
 
@@ -151,7 +152,7 @@ def clean(
     if label_column is None and (settings.balance != "none" or settings.per_label is not None):
         raise InputError("expected a label column to balance classes or draw rows per label, got None")
     dataset = load_rows(data, name=name)
-    source = str(data) if isinstance(data, str) or hasattr(data, "__fspath__") else name
+    source = name_of(data, name)
     columns = [*dict.fromkeys([*text_columns, *([] if label_column is None else [label_column])])]
     check_columns(dataset, columns, source)
     raw: list[Row] = named_rows(dataset.select_columns(columns))

@@ -6,7 +6,6 @@ sets of vectors; no prompt and no bank.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from ptengine.backbone import backbone_spec, pack_rows
 from ptengine.backbone.step import text_hidden
 from ptengine.data import Task, check_columns, load_rows, text_columns
+from ptengine.data.sources import name_of
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.training.freezing import frozen
 from ptengine.training.preparation import DataSource
@@ -47,7 +47,7 @@ def domain_texts(data: DataSource, task: Task) -> list[str]:
     Raises:
         InputError: a column is missing, or as `ptengine.data.load_rows`.
     """
-    name = os.fspath(data) if isinstance(data, str | os.PathLike) else "rows"
+    name = name_of(data, "rows")
     dataset, columns = load_rows(data, name=name), text_columns(task)
     check_columns(dataset, columns, name)
     texts = ("\n".join(_text(row[column]) for column in columns) for row in dataset.with_format(None))

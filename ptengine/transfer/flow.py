@@ -14,7 +14,6 @@ command lines.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -40,7 +39,7 @@ from ptengine.transfer.evaluation import Judged, baselines, judge
 from ptengine.transfer.flow_data import FlowData, Rows, prepared
 from ptengine.transfer.guard import SCRATCH, folds
 from ptengine.transfer.identity import identify
-from ptengine.transfer.run import TransferResult, transfer
+from ptengine.transfer.run import TransferResult, require_same_plan, transfer
 from ptengine.transfer.self_training import unlabelled_rows
 from ptengine.transfer.strategies import Guard, Strategy
 
@@ -236,13 +235,9 @@ def _hold_prompts(path: Path, sources: Sequence[str], banked: Sequence[BankEntry
     """Note which prompts a new run starts from, or require those of the run to go on with, before its bank changes."""
     now: dict[str, Any] = {"sources": sorted(sources), "pool_sources": pool_sources}
     now["bank"] = {entry.name: weights_sha256(entry.read()[0]) for entry in banked}
-    before = json.loads(path.read_bytes()) if path.is_file() else now
-    for name, its in now.items():
-        if before[name] != its:
-            raise InputError(
-                f"expected {name} {before[name]} as in {str(path.parent)!r}, got {its}: start a new run "
-                "in another output_dir"
-            )
+    if path.is_file():
+        require_same_plan(path, now)
+        return
     make_directory(path.parent)
     write_json_atomic(path, now)
 

@@ -189,6 +189,11 @@ def _hold_plan(path: Path, plan: dict[str, Any], resume: bool) -> None:
         raise InputError(
             f"expected an output_dir without a transfer, got {str(path.parent)!r}; pass resume=True to go on with it"
         )
+    require_same_plan(path, plan)
+
+
+def require_same_plan(path: Path, plan: dict[str, Any]) -> None:
+    """Raise `InputError` where the plan in the file `path` differs from that of the run that is to go on."""
     before, now = json.loads(path.read_bytes()), json.loads(json.dumps(plan))
     for name in now:
         if before.get(name) != now[name]:

@@ -10,19 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BloomConfig, BloomForCausalLM
 
 import ptengine
 from ptengine.errors import InputError
 
 from ..interop.attached_cases import KINDS, prompt_for
-from .stock import VOCABULARY, WIDTH, make, random_rows
-
-
-def bloom() -> Any:
-    torch.manual_seed(0)
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4, initializer_range=0.2)
-    return BloomForCausalLM(config).eval().requires_grad_(False)
+from .stock import make, random_rows
+from .test_families import make as make_family
 
 
 def continued(model: Any, prompt: Any) -> list[list[int]]:
@@ -37,7 +31,7 @@ def continued(model: Any, prompt: Any) -> list[list[int]]:
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f in ("gpt2", "llama") for k in KINDS] + [("bloom", "soft")])
 def test_a_copy_of_a_patched_model_generates_behind_its_prompt(family: str, kind: str) -> None:
     """It silently generated without: the copy's steps asked for the original's embeddings. Bloom's was not copied."""
-    model = bloom() if family == "bloom" else make(family)
+    model = make_family("bloom") if family == "bloom" else make(family)
     prompt = prompt_for(model, kind)
     ptengine.patch(model)
     other = copy.deepcopy(model)

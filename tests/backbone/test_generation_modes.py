@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BloomConfig,
-    BloomForCausalLM,
-    GenerationConfig,
-    StoppingCriteria,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
 from ptengine.assets import backbone_path
@@ -28,7 +21,7 @@ from ptengine.backbone import attention as attention_module
 from ptengine.errors import InputError
 from ptengine.prompts import DecomposedPrompt
 
-from .stock import VOCABULARY, WIDTH, make, prefix, random_rows, stories, virtual
+from .stock import make, prefix, random_rows, stories, virtual
 from .test_families import make as make_windowed
 from .test_generation import KINDS, LENGTHS, NEW, WAYS, in_row, lowered, same
 
@@ -394,14 +387,12 @@ def test_other_ends(shared: Path) -> None:
     assert seen == [out[0, :length].tolist() for length in (7, 8, 9)]
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom"])
+@pytest.mark.parametrize("family", ["mistral", "bloom"])
 @pytest.mark.filterwarnings("ignore:model type 'bloom'")
 def test_the_padding_of_a_configuration_that_is_given(family: str) -> None:
     """The model's own stood in its place."""
-    torch.manual_seed(0)
-    shape = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4, initializer_range=0.2)
-    model = make("llama") if family == "llama" else BloomForCausalLM(shape).eval().requires_grad_(False)
-    prompt, rows = virtual(4), random_rows(5, 3)
+    model, rows = make_windowed(family), random_rows(5, 3)
+    prompt = virtual(4, width=model.config.hidden_size)
     (end,) = generate(model, prompt, rows[:1], max_new_tokens=1, do_sample=False)[0, 5:].tolist()
     asked = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=55, eos_token_id=end)
     found = generate(model, prompt, rows, generation_config=asked)

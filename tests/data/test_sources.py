@@ -170,9 +170,9 @@ def test_check_columns() -> None:
 
 def test_a_dataset_of_mixed_values_may_be_mapped() -> None:
     """datasets took the text that came back for encoded, and could not read it."""
-    rows = load_rows([{"text": "a", "label": "01"}, {"text": "b", "label": 2}])
-    mapped = rows.map(lambda row: {"length": len(row["text"])})
-    assert mapped[0] == {"text": "a", "label": "01", "length": 1}
+    rows = load_rows([{"text": "a", "label": "01"}, {"text": "b", "label": 2}, {"text": "c", "label": 0.3}])
+    mapped = rows.map(lambda row: {"said": str(row["label"])})  # what is read is written again
+    assert mapped[0] == {"text": "a", "label": "01", "said": "01"}
 
 
 def test_classes_by_name() -> None:

@@ -9,11 +9,12 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from transformers import BloomConfig, BloomForCausalLM, ModernBertConfig, ModernBertForTokenClassification
+from transformers import ModernBertConfig, ModernBertForTokenClassification
 
 from ptengine.prompts import SoftPrompt
 
 from ..backbone.stock import HIDE, VOCABULARY, WIDTH, make, pad, random_rows, relative
+from ..backbone.test_families import make as make_family
 from .attached_cases import KINDS, alone, prompt_for
 
 
@@ -59,10 +60,10 @@ def test_weights_changed_inside_a_block() -> None:
     """By loading a state, in place and by new parameters."""
     model, (row,) = make("llama"), random_rows(7)
     prompt, ids = prompt_for(model, "soft"), torch.tensor([row])
-    states = [copy.deepcopy(make("llama", seed=seed).state_dict()) for seed in (1, 2)]
+    states = [copy.deepcopy(make("llama", seed=seed).state_dict()) for seed in (1, 2, 3)]
     with prompt.attached(model):
         before = model(ids).logits[0]
-        for state, assign in zip(states, (False, True), strict=True):
+        for state, assign in zip(states, (False, True, True), strict=True):
             model.load_state_dict(state, assign=assign)
             now = model(ids).logits[0]
             other = make("llama")
@@ -72,16 +73,21 @@ def test_weights_changed_inside_a_block() -> None:
             before = now
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_and_the_windows_of_an_encoder(side: str) -> None:
-    """Virtual tokens stood before padding on the left, out of reach of a text that looks at its neighbours alone."""
+def modern_bert() -> Any:
+    """Most layers see four tokens on either side."""
     torch.manual_seed(0)
     config = ModernBertConfig(
         vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
         local_attention=8, pad_token_id=2, num_labels=3, initializer_range=0.2,
     )  # fmt: skip
-    model = ModernBertForTokenClassification(config).eval().requires_grad_(False)
+    return ModernBertForTokenClassification(config).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_the_windows_of_an_encoder(side: str) -> None:
+    """Virtual tokens stood before padding on the left, out of reach of a text that looks at its neighbours alone."""
+    model = modern_bert()
     prompt, rows = prompt_for(model, "soft"), random_rows(5, 14, 3)
     ids, mask = pad(rows, side)
     with prompt.attached(model):
@@ -93,17 +99,11 @@ def test_padding_and_the_windows_of_an_encoder(side: str) -> None:
             assert relative(out.hidden_states[1][index][kept], one.hidden_states[1][0]) < 1e-5
 
 
-def bloom() -> Any:
-    torch.manual_seed(0)
-    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=4, initializer_range=0.2)
-    return BloomForCausalLM(config).eval().requires_grad_(False)
-
-
 @pytest.mark.filterwarnings("ignore:model type 'bloom'")
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f in ("gpt2", "llama") for k in KINDS] + [("bloom", "soft")])
 def test_a_first_token_s_label_counts_on_neither_side(family: str, kind: str) -> None:
     """Behind padding the stock loss predicted it from a padding slot, and the prompt learned from that."""
-    model = bloom() if family == "bloom" else make(family)
+    model = make_family("bloom") if family == "bloom" else make(family)
     prompt, rows = prompt_for(model, kind), random_rows(5, 9, 4)
 
     def learned(side: str) -> tuple[Tensor, Tensor]:
@@ -125,12 +125,7 @@ def test_a_first_token_s_label_counts_on_neither_side(family: str, kind: str) ->
 
 def test_labels_of_a_model_that_shifts_none_are_all_kept() -> None:
     """Of an encoder, whose every position predicts its own label."""
-    torch.manual_seed(0)
-    config = ModernBertConfig(
-        vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        pad_token_id=2, num_labels=3, initializer_range=0.2,
-    )  # fmt: skip
-    model = ModernBertForTokenClassification(config).eval().requires_grad_(False)
+    model = modern_bert()
     prompt = SoftPrompt(model, 4, init="array", array=prompt_for(model, "soft", 4).embeds.detach())
     ids, mask = pad(random_rows(5, 9), "left")
     labels = (ids % 3).masked_fill(mask == 0, HIDE)
