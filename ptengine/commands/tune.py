@@ -126,7 +126,6 @@ def run(args: argparse.Namespace) -> Outcome:
         _check_test(args, config, task, tokenizer, prompt, model)
     if args.resume is not False:
         _check_recipe(output, recipe)
-        _check_unfinished(output, args.resume)
     if is_sweep(args):
         data, lines, prompt = run_sweep(args, config, recipe, model, tokenizer, make_prompt)
     else:
@@ -155,17 +154,6 @@ def _check_recipe(output: Path, recipe: Recipe) -> None:
     path = output / RECIPE_NAME
     if path.is_file() and recipe.read(path).task != recipe.task:
         raise InputError(f"expected the task of the run to go on with, as in {str(path)!r}, got another one")
-
-
-def _check_unfinished(output: Path, resume: bool | str) -> None:
-    """A finished run without checkpoints would start anew and be replaced, by one of whatever settings."""
-    from ptengine.training.checkpoints import checkpoint_steps
-
-    if resume is True and (output / "prompt").exists() and not checkpoint_steps(output):
-        raise InputError(
-            f"expected a checkpoint to go on from in {str(output)!r}, got the prompt of a finished run and none: "
-            "another --output starts a new run"
-        )
 
 
 def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: Any, prompt: Any, model: Any) -> None:

@@ -97,7 +97,9 @@ class QuestionAnsweringTask:
         for index, (question, context) in enumerate(zip(questions, contexts, strict=True)):
             start = None if self.start_column is None else values[self.start_column][index]
             answers, begin = self._answers(values[self.answer_column][index], start, context, source_name, index)
-            span = (begin, begin + len(answers[0]))
+            # Tokens leave white space at a text's ends out: with it no token would cover an answer there.
+            begin += len(answers[0]) - len(answers[0].lstrip())
+            span = (begin, begin + len(answers[0].strip()))
             windows = self._windows(tokenizer, question, context, max_tokens, source_name, index)
             rows += [_row(windows, number, index, context, span, answers) for number in range(len(windows.encodings))]
         return EncodedSplit(rows, 0)

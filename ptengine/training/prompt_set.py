@@ -29,7 +29,13 @@ from ptengine.training.interruption import Interruption
 from ptengine.training.joint import JointBackward
 from ptengine.training.journal import progress_bar
 from ptengine.training.loop import Loop
-from ptengine.training.resumption import Resume, refuse_finished_work, require_exact, starting_point
+from ptengine.training.resumption import (
+    Resume,
+    keep_finished_prompt,
+    refuse_finished_work,
+    require_exact,
+    starting_point,
+)
 from ptengine.training.run import Interrupted, Plan, Run
 from ptengine.training.saving import SetSaver, restore_set
 from ptengine.training.step_loss import TaskLoss
@@ -173,6 +179,8 @@ class PromptSet:
                     f"expected a member's folder without checkpoints of a run of its own, got {str(plan.output_dir)!r} "
                     f"with checkpoint-{own[-1]}"
                 )
+            elif checkpoint is None:
+                keep_finished_prompt(plan.output_dir)
         if checkpoint is None:
             return None
         where = str(checkpoint.path)

@@ -13,9 +13,12 @@ from ptengine.training.checkpoints import Checkpoint, checkpoint_steps, newest_c
 from ptengine.training.identity import require_same_run
 from ptengine.training.run import Plan
 
-__all__ = ["Resume", "refuse_finished_work", "require_exact", "starting_point"]
+__all__ = ["PROMPT_NAME", "Resume", "keep_finished_prompt", "refuse_finished_work", "require_exact", "starting_point"]
 
 Resume = bool | str | os.PathLike[str]
+
+PROMPT_NAME = "prompt"
+"""Folder of a finished run's prompt in its output_dir."""
 
 
 def starting_point(output_dir: Path, resume: Resume, traces: Sequence[str]) -> Checkpoint | None:
@@ -40,6 +43,8 @@ def starting_point(output_dir: Path, resume: Resume, traces: Sequence[str]) -> C
         for line in torn:
             used = f"going on from {checkpoint.path.name}" if checkpoint else "starting from the beginning"
             warnings.warn(f"{line}; {used}", stacklevel=4)
+        if checkpoint is None:
+            keep_finished_prompt(output_dir)
         return checkpoint
     if not isinstance(resume, str | os.PathLike):
         raise InputError(f"expected resume as True, False or a checkpoint folder, got {resume!r}")
@@ -63,6 +68,15 @@ def refuse_finished_work(output_dir: Path, traces: Sequence[str]) -> None:
         raise InputError(
             f"expected an output_dir without a run, got {str(output_dir)!r}, which holds {', '.join(found)}; "
             "pass resume=True to go on with it, or another output_dir"
+        )
+
+
+def keep_finished_prompt(output_dir: Path) -> None:
+    """Raise `InputError` where a run without a checkpoint to go on from would replace the prompt of a finished one."""
+    if (output_dir / PROMPT_NAME).exists():
+        raise InputError(
+            f"expected a checkpoint to go on from in {str(output_dir)!r}, got the prompt of a finished run and none: "
+            "another output_dir starts a new run"
         )
 
 

@@ -48,14 +48,14 @@ from ptengine.training.preparation import (
     room_for_text,
 )
 from ptengine.training.randomness import Generators, seed_everything
-from ptengine.training.resumption import Resume, require_exact, starting_point
+from ptengine.training.resumption import PROMPT_NAME, Resume, require_exact, starting_point
 from ptengine.training.run import Interrupted, Plan, Run
 from ptengine.training.saving import RunSaver, restore_run
 from ptengine.training.step_loss import StepLoss, TaskLoss
 
 __all__ = ["TRACES", "Trainer", "TrainingResult", "leave", "peak_memory"]
 
-TRACES = (LOG_NAME, "best", "prompt", "curve.png")
+TRACES = (LOG_NAME, "best", PROMPT_NAME, "curve.png")
 """What a run leaves in its folder, besides checkpoints."""
 
 
@@ -204,8 +204,9 @@ class Trainer:
         Args:
             resume: False starts a new run in an output_dir without one. True goes on from the newest complete
                 checkpoint in output_dir (a torn one is named in a warning and passed over), and from the start where
-                there is none, so a job that may be killed at any time can always pass True. A path goes on from that
-                checkpoint folder; output_dir must then hold no newer one.
+                there is none, so a job that may be killed at any time can always pass True; only the prompt of a
+                finished run that kept no checkpoint is not replaced. A path goes on from that checkpoint folder;
+                output_dir must then hold no newer one.
             on_start: called once nothing is left to refuse and output_dir is there and held, before the first step: for
                 files that describe the run and must not be replaced by a run that is refused.
 
@@ -213,8 +214,9 @@ class Trainer:
             What was done.
 
         Raises:
-            InputError: output_dir already holds a run and `resume` is False; another run is training in it; the
-                checkpoint is missing or torn; or something differs from the checkpoint that must not, with both values.
+            InputError: output_dir already holds a run and `resume` is False, or a finished one without a checkpoint;
+                another run is training in it; the checkpoint is missing or torn; or something differs from the
+                checkpoint that must not, with both values.
             TrainingDiverged: a loss, gradient or evaluation is not finite. The step that showed it is not taken, the
                 prompt keeps the weights from before it, and nothing saved is touched.
             SystemExit: status 143 after SIGTERM, once a checkpoint is written.
@@ -341,7 +343,7 @@ class Trainer:
             run.load_best()
             held = best
         metrics = {name: value for name, value in (held or {}).items() if name not in ("step", "epoch")}
-        prompt_path = run.export(plan.output_dir / "prompt", held or {"step": progress.step, "epoch": run.epoch})
+        prompt_path = run.export(plan.output_dir / PROMPT_NAME, held or {"step": progress.step, "epoch": run.epoch})
         points = [(int(entry["step"]), entry[plan.metric]) for entry in progress.evaluations]
         curve = draw_curve(plan.output_dir / "curve.png", progress.losses, points, plan.metric)
         seconds = time.perf_counter() - started

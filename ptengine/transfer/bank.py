@@ -133,7 +133,7 @@ class Search:
     """Attributes:
     measure: what `matches` are ordered by.
     matches: best first.
-    refused: name to reason of the entries that could not be asked: another backbone, method or start.
+    refused: name to reason of the entries that could not be asked: of another backbone, method or start, or damaged.
     """
 
     measure: str
@@ -238,8 +238,9 @@ class PromptBank:
         """Copy an entry of another bank into this one as it is, card and all.
 
         Raises:
-            InputError: the name is taken, unless `replace`, or the bank cannot be written.
+            InputError: the name is taken, unless `replace`; the entry is gone or damaged; the bank cannot be written.
         """
+        PromptBank(entry.path.parent).entry(entry.name)
         where = self.path / entry.name
         if where.exists() and not replace:
             raise InputError(f"expected a name that is free in the bank {str(self.path)!r}, got {entry.name!r}")
@@ -334,7 +335,13 @@ class PromptBank:
             if measure == "shot_loss":
                 assert task is not None
                 assert shots is not None
-                details = shot_metrics(model, tokenizer, task, shots, load_prompt(entry.path, model), **options)
+                try:
+                    candidate = load_prompt(entry.path, model)
+                except InputError as error:
+                    refused[entry.name] = str(error)
+                    continue
+                # What it raises lies in the shots or the options, and holds for every entry.
+                details = shot_metrics(model, tokenizer, task, shots, candidate, **options)
                 matches.append(Match(entry, details["loss"], details))
                 continue
             try:

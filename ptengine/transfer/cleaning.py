@@ -230,8 +230,12 @@ class _Work:
             if long and self.settings.too_long == "drop":
                 self.drop(index, f"a text has more than {most} characters")
                 continue
+            row = row | {column: row[column][:most] for column in long}
+            if any(not row[column].strip() for column in long):
+                self.drop(index, f"a text is blank in its first {most} characters")
+                continue
             self.cut += bool(long)
-            kept.append((index, row | {column: row[column][:most] for column in long}))
+            kept.append((index, row))
         return kept
 
     def distinct(self, rows: Sequence[tuple[int, Row]]) -> list[tuple[int, Row]]:

@@ -39,6 +39,7 @@ from ptengine.transfer.evaluation import Judged, baselines, judge
 from ptengine.transfer.flow_data import FlowData, Rows, prepared
 from ptengine.transfer.guard import SCRATCH, folds
 from ptengine.transfer.identity import identify
+from ptengine.transfer.procedure import stage
 from ptengine.transfer.run import TransferResult, require_same_plan, transfer
 from ptengine.transfer.self_training import unlabelled_rows
 from ptengine.transfer.strategies import Guard, Strategy
@@ -320,8 +321,8 @@ class _Work:
             eval_steps=max(self.settings.source_steps // 5, 1), load_best_model_at_end=True,
         )  # fmt: skip
         make_directory(folder)
-        result = Trainer(self.model, prompt, train, held, config, task=self.source_task, tokenizer=self.tokenizer).fit(
-            resume=True
+        result = stage(
+            Trainer(self.model, prompt, train, held, config, task=self.source_task, tokenizer=self.tokenizer)
         )
         bank.add(
             name, prompt, model=self.model, tokenizer=self.tokenizer, task=self.source_task, data=train,

@@ -7,6 +7,7 @@ runs go on where they stopped. Knows banks, strategies and the trainer; nothing 
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -165,7 +166,7 @@ class Procedure:
             name = scratch_name(rate)
             prompts[name] = fresh = self.fresh()
             learning_rate = fresh.default_learning_rate() * rate
-            runs[name] = self.trainer(fresh, rows, folder / name, learning_rate, eval_data, None).fit(resume=True)
+            runs[name] = stage(self.trainer(fresh, rows, folder / name, learning_rate, eval_data, None))
         wanted, distill = self.strategy.initialize, self.strategy.distill
         similarity = None if distill is None else distill.similarity
         probe = self.probe(rows, folder) if wanted.measure in PROMPT_MEASURES or similarity is not None else None
@@ -179,7 +180,7 @@ class Procedure:
         prompts[TRANSFERRED] = moved = self.fresh() if wanted.fresh else start_from(self.model, start)
         taught = self.teach(start)
         loss = self.loss(start, 1.0 if likeness is None else likeness, taught)
-        runs[TRANSFERRED] = self.trainer(moved, rows, folder / TRANSFERRED, None, eval_data, loss).fit(resume=True)
+        runs[TRANSFERRED] = stage(self.trainer(moved, rows, folder / TRANSFERRED, None, eval_data, loss))
         return Trained(prompts, runs, search, selected, likeness, taught, augmented)
 
     def fresh(self) -> Prompt:
@@ -201,7 +202,7 @@ class Procedure:
             initial = entries[0].load_initial(self.model, self.tokenizer)
         probe = self.fresh() if initial is None else start_from(self.model, initial)
         rate = self.fresh().default_learning_rate()
-        self.trainer(probe, rows, folder / "probe", rate, None, None).fit(resume=True)
+        stage(self.trainer(probe, rows, folder / "probe", rate, None, None))
         return _Probe(probe, initial)
 
     def search(self, rows: Rows, probe: _Probe | None) -> Search:
@@ -277,6 +278,16 @@ class Procedure:
 
     def score(self, prompt: Prompt, rows: Rows) -> EvalResult:
         return evaluate(self.model, prompt, self.task, rows, self.tokenizer, **evaluation_options(self.training))
+
+
+def stage(trainer: Trainer) -> TrainingResult:
+    """Run or go on with one training run of a held plan; one that keeps no checkpoints is done anew."""
+    if trainer.config.save_strategy != "no":
+        return trainer.fit(resume=True)
+    folder = Path(trainer.config.output_dir)
+    if folder.exists():
+        shutil.rmtree(folder)
+    return trainer.fit()
 
 
 def scratch_name(rate: float) -> str:

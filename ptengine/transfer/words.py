@@ -81,7 +81,8 @@ def domain_terms(
         stop_words: left out.
 
     Raises:
-        InputError: no texts on a side, an unknown measure, a number below 1, or no word that is frequent enough.
+        InputError: no texts on a side, an unknown measure, a number below 1, no word that is frequent enough, or only
+            one word in all texts.
     """
     _check_counts(top_k=top_k, min_count=min_count)
     if measure not in ("log_odds", "tfidf"):
@@ -93,10 +94,13 @@ def domain_terms(
         return [word for word, _, _ in segments(text) if word not in stop_words]
 
     mine, theirs = (Counter(word for text in texts for word in cut(text)) for texts in (target, background))
-    scores = _log_odds(mine, theirs) if measure == "log_odds" else _tfidf(target, background, cut)
-    ranked = [PromptWord(word, scores[word], mine[word]) for word in mine if mine[word] >= min_count]
-    if not ranked:
+    frequent = [word for word in mine if mine[word] >= min_count]
+    if not frequent:
         raise InputError(f"expected a word that stands {min_count} times in the target's texts, got none")
+    if len(mine | theirs) < 2:
+        raise InputError(f"expected at least two different words in the texts to compare, got {frequent[0]!r} alone")
+    scores = _log_odds(mine, theirs) if measure == "log_odds" else _tfidf(target, background, cut)
+    ranked = [PromptWord(word, scores[word], mine[word]) for word in frequent]
     return _thinned(sorted(ranked, key=lambda word: (-word.score, word.text)))[:top_k]
 
 

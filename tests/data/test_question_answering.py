@@ -69,6 +69,15 @@ def test_where_the_answer_is_said_to_begin(bert: Any) -> None:
     assert found[2].references == ("Bob", "Bob lives")
 
 
+def test_white_space_at_a_texts_ends_made_an_answer_there_none(bert: Any) -> None:
+    """No token covers it, so the answer was not whole in any window."""
+    for context, answer in (("Ann lives in Oslo \n", "Oslo \n"), ("  Ann lives in Oslo", "  Ann")):
+        rows = Dataset.from_list([{"question": "Where?", "context": context, "answer": answer}])
+        [row] = TASK.encode(rows, bert, max_tokens=60)
+        assert answer_of(row) == answer.strip()
+        assert row.references == (answer,)
+
+
 @pytest.mark.parametrize("name", ["xquad_en", "cmrc2018"])
 def test_real_answers_stand_where_the_tokens_say(shared: Path, bert: Any, name: str) -> None:
     """Up to what the tokens cover: an answer may end within one."""

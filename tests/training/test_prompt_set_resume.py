@@ -99,6 +99,8 @@ def test_checkpoints_are_thinned_out_and_may_be_left_out(tiny: ModuleType, tmp_p
     few = make(tiny, tmp_path / "few", save_total_limit=2).fit()
     assert [path.name for path in few.checkpoints] == ["checkpoint-10", "checkpoint-12"]
     assert make(tiny, tmp_path / "none", save_strategy="no").fit().checkpoints == []
+    with pytest.raises(InputError, match="got the prompt of a finished run and none"):
+        make(tiny, tmp_path / "none").fit(resume=True)
 
 
 class _Tripwire:

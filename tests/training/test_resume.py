@@ -181,6 +181,15 @@ def test_saved_run_is_never_started_over(tiny: ModuleType, tmp_path: Path) -> No
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_finished_prompt_without_a_checkpoint_was_replaced(tiny: ModuleType, tmp_path: Path) -> None:
+    """By a run of any settings, since nothing was there to compare them with."""
+    tiny.trainer(tmp_path, max_steps=2, save_strategy="no").fit()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="got the prompt of a finished run and none"):
+        tiny.trainer(tmp_path, max_steps=3).fit(resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def _other_model(tiny: ModuleType) -> Any:
     model = tiny.gpt2()
     with torch.no_grad():

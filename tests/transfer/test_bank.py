@@ -169,6 +169,27 @@ def test_search_by_the_loss_on_a_few_shots(tiny: ModuleType, tmp_path: Path) -> 
     assert found.refused == {}
 
 
+def test_one_damaged_entry_ended_a_search_by_shots(tiny: ModuleType, tmp_path: Path) -> None:
+    model, bank = tiny.gpt2(), PromptBank(tmp_path)
+    for seed in range(2):
+        add(bank, tiny, f"p{seed}", tiny.soft(model, seed), model)
+    weights = tmp_path / "p0" / "prompt.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    found = bank.search(model=model, tokenizer=tiny.tokenizer(), task=tiny.words_task(), shots=tiny.rows(6, 3))
+    assert [match.entry.name for match in found.matches] == ["p1"]
+    assert str(weights) in found.refused["p0"]
+
+
+def test_an_entry_that_is_gone_cannot_be_taken(tiny: ModuleType, tmp_path: Path) -> None:
+    """FileNotFoundError, and a bank's folder made for nothing."""
+    model, bank = tiny.gpt2(), PromptBank(tmp_path / "one")
+    entry = add(bank, tiny, "a", tiny.soft(model, 1), model)
+    bank.remove("a")
+    with pytest.raises(InputError, match="got 'a'"):
+        PromptBank(tmp_path / "other").take(entry)
+    assert not (tmp_path / "other").exists()
+
+
 def test_search_by_similarity_names_what_it_could_not_ask(tiny: ModuleType, tmp_path: Path) -> None:
     model, llama, bank = tiny.gpt2(), tiny.llama(), PromptBank(tmp_path)
     mine = tiny.soft(model, 1)

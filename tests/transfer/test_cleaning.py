@@ -78,6 +78,10 @@ def test_long_texts_can_be_cut() -> None:
     )
     assert [row["text"] for row in found.rows] == ["很好", "好"]
     assert (found.report.cut, found.report.dropped) == (1, {})
+    blank = [{"text": "   good", "label": "a"}, {"text": "good", "label": "a"}]
+    found = cleaned(blank, normalization="none", max_characters=2, too_long="cut")
+    assert [row["text"] for row in found.rows] == ["go"]
+    assert (found.report.cut, found.report.dropped) == (1, {"a text is blank in its first 2 characters": 1})
 
 
 def test_balance_and_draws_are_seeded() -> None:

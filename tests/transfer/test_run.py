@@ -165,6 +165,13 @@ def test_a_killed_transfer_goes_on_to_the_same_numbers(world: Any, tmp_path: Pat
         world.run(cut, resume=True, exclude=["p1"], **options)
 
 
+def test_stages_that_keep_no_checkpoints_are_done_anew(world: Any, tmp_path: Path) -> None:
+    whole = world.run(tmp_path, training={"save_strategy": "no"})
+    again = world.run(tmp_path, training={"save_strategy": "no"}, resume=True)
+    assert again.runs["transferred"].losses == whole.runs["transferred"].losses
+    assert torch.equal(again.prompt.embeds, whole.prompt.embeds)
+
+
 @pytest.mark.parametrize("combine", ["mean", "weighted", "task_vectors"])
 @pytest.mark.parametrize("measure", ["shot_loss", "mmd", "mean_token_cosine", "task_vector_cosine"])
 def test_starts_made_of_several_prompts(

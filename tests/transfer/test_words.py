@@ -139,6 +139,11 @@ def test_bad_input_is_refused(tiny: ModuleType) -> None:
             domain_terms(FILMS, MEALS, **more)  # type: ignore[arg-type]
     with pytest.raises(InputError, match="both sides"):
         domain_terms([], MEALS)
+    with pytest.raises(InputError, match="different words in the texts to compare, got 'film' alone"):
+        domain_terms(["film film"], ["film"])
+    for measure in ("log_odds", "tfidf"):
+        with pytest.raises(InputError, match="stands 2 times"):
+            domain_terms(["the"], ["of"], measure=measure)
     model, tokens = tiny.gpt2(), tiny.tokenizer()
     with pytest.raises(InputError, match="diversity"):
         attention_words(model, tokens, FILMS, MEALS, diversity=1.0)
