@@ -284,7 +284,8 @@ class _Work:
         return good, left_out
 
     def check(self, data: FlowData, banked: int) -> None:
-        """Meet what later stages would refuse before the first of them: labels, lengths, folds, sources to combine."""
+        """Meet what later stages would refuse before the first: a rate, labels, lengths, folds, sources to combine."""
+        replace(self.training, learning_rate=self.settings.source_learning_rate)
         wanted, count = self.settings.strategy.initialize.top_k, len(data.sources) + banked
         if wanted > count:
             raise InputError(f"expected at least top_k={wanted} sources to combine, got {count}")

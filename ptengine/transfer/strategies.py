@@ -20,6 +20,8 @@ __all__ = ["Anchor", "Distill", "Guard", "Initialize", "Joint", "SelfTrain", "St
 COMBINATIONS = ("best", "mean", "weighted", "task_vectors")
 SCHEDULES = ("constant", "linear", "cosine")
 
+_MOST_RATE = 1e6  # times a method's own learning rate: beyond any use, and far from overflow
+
 
 @dataclass(frozen=True)
 class Initialize:
@@ -194,7 +196,7 @@ class Guard:
     Attributes:
         folds: parts the shots are cut into, at least 2; every class needs as many rows.
         min_gain: by how much the score must be better besides, a fraction for accuracy; 0 asks for no more.
-        scratch_rates: learning rates of scratch, as multiples of the method's own; the best counts.
+        scratch_rates: learning rates of scratch, as multiples of the method's own, at most 1e6; the best counts.
         scratch_init: how scratch starts, an init of the prompt's method that needs no further arguments.
     """
 
@@ -209,7 +211,7 @@ class Guard:
         if not isinstance(self.scratch_rates, tuple) or not self.scratch_rates:
             raise InputError(f"expected scratch_rates, a tuple of numbers above 0, got {self.scratch_rates!r}")
         for rate in self.scratch_rates:
-            _number("scratch_rates", rate, 0)
+            _number("scratch_rates", rate, 0, _MOST_RATE)
             if rate == 0 or self.scratch_rates.count(rate) > 1:
                 raise InputError(f"expected scratch_rates, different numbers above 0, got {self.scratch_rates!r}")
 

@@ -131,7 +131,10 @@ def test_the_best_scratch_counts() -> None:
     assert found.gain.value == pytest.approx(-0.2)
 
 
-@pytest.mark.parametrize("bad", [{"folds": 1}, {"min_gain": -1}, {"scratch_rates": ()}, {"scratch_rates": (1.0, 1.0)}])
+@pytest.mark.parametrize(
+    "bad",
+    [{"folds": 1}, {"min_gain": -1}, {"scratch_rates": ()}, {"scratch_rates": (1.0, 1.0)}, {"scratch_rates": (1e9,)}],
+)
 def test_settings_are_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):
         Guard(**bad)
