@@ -30,7 +30,7 @@ def block_forward(
     the rectangle at its upper left corner.
     """
     k, v = _expand_heads(k, q), _expand_heads(v, q)  # [G, H, Tk, D]
-    if _fused(q, v, softcap):
+    if _fused(q, v, scale, softcap):
         q, k, v, bias = _unit_stride(q), _unit_stride(k), _unit_stride(v), _full_bias(bias, q, k)
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, attn_mask=bias, scale=scale)
         if bias is not None:  # the fused kernel reports 0 where nothing is seen
@@ -56,7 +56,7 @@ def block_backward(
     """Gradients of q [G, H, Tq, D], k and v [G, H_kv, Tk, D] through this rectangle alone."""
     kv_heads = k.shape[1]
     k, v, lse = _expand_heads(k, q), _expand_heads(v, q), _finite(lse)
-    if _fused(q, v, softcap):
+    if _fused(q, v, scale, softcap):
         q, k, v, out = _unit_stride(q), _unit_stride(k), _unit_stride(v), _unit_stride(out)
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad, q, k, v, out, lse, 0.0, causal, attn_mask=_full_bias(bias, q, k), scale=scale
@@ -72,9 +72,11 @@ def block_backward(
     return dq, _sum_heads(dk, kv_heads), _sum_heads(dv, kv_heads)
 
 
-def _fused(q: Tensor, v: Tensor, softcap: float | None) -> bool:
-    """Whether PyTorch's fused CPU kernel computes this rectangle: it knows no capping and one width of heads."""
-    return q.device.type == "cpu" and softcap is None and q.shape[-1] == v.shape[-1] and q.numel() > 0 and v.numel() > 0
+def _fused(q: Tensor, v: Tensor, scale: float, softcap: float | None) -> bool:
+    """Whether PyTorch's fused CPU kernel computes this rectangle: it knows no capping, one width of heads, and scales
+    above zero, since it scales what it has hidden with -inf, too."""
+    known = softcap is None and scale > 0 and q.shape[-1] == v.shape[-1]
+    return known and q.device.type == "cpu" and q.numel() > 0 and v.numel() > 0
 
 
 def _unit_stride(x: Tensor) -> Tensor:

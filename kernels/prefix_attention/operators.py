@@ -20,6 +20,7 @@ from ptengine.kernels.launch import register_kernel
 from ptengine.kernels.prefix_attention import reference, torch_path
 from ptengine.kernels.prefix_attention.plan import Plan, plan_dense, plan_varlen
 from ptengine.kernels.prefix_attention.scores import ScoreRules
+from ptengine.kernels.prefix_attention.values import check_dense_values, check_packed_values
 
 __all__: list[str] = []
 
@@ -58,9 +59,10 @@ def _varlen_layout(
     from ptengine.kernels.prefix_attention.triton_path import Layout
 
     return Layout(
-        dense=False, rows=cu_seqlens.numel() - 1, q_len=max_seqlen, k_len=max_seqlen, bounds=cu_seqlens, ends=None,
-        prompts=prompt_ids if prefix_rows is None else prefix_rows, in_rows=prefix_rows is not None,
-        lengths=prefix_lengths,
+        dense=False, rows=cu_seqlens.numel() - 1, q_len=max_seqlen, k_len=max_seqlen,
+        bounds=cu_seqlens.contiguous(), ends=None,
+        prompts=_contiguous(prompt_ids if prefix_rows is None else prefix_rows), in_rows=prefix_rows is not None,
+        lengths=_contiguous(prefix_lengths),
     )  # fmt: skip
 
 
@@ -71,9 +73,15 @@ def _dense_layout(
     from ptengine.kernels.prefix_attention.triton_path import Layout
 
     return Layout(
-        dense=True, rows=q.shape[0], q_len=q.shape[1], k_len=k.shape[2], bounds=key_starts, ends=key_lengths,
-        prompts=prompt_ids, in_rows=False, lengths=prefix_lengths,
+        dense=True, rows=q.shape[0], q_len=q.shape[1], k_len=k.shape[2],
+        bounds=_contiguous(key_starts), ends=_contiguous(key_lengths),
+        prompts=_contiguous(prompt_ids), in_rows=False, lengths=_contiguous(prefix_lengths),
     )  # fmt: skip
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    """The kernels step through index tensors by one."""
+    return None if x is None else x.contiguous()
 
 
 def _attend_varlen(
@@ -83,6 +91,7 @@ def _attend_varlen(
     sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
     max_seqlen: int, kernel: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_packed_values(q.shape[0], cu_seqlens, max_seqlen, prefix_k, prompt_ids, prefix_rows, prefix_lengths)
     rules = ScoreRules(causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias)
     if kernel:
         from ptengine.kernels.prefix_attention import triton_path
@@ -143,6 +152,7 @@ def _attend_dense(
     sinks: Tensor | None, alibi_slopes: Tensor | None, relative_bias: Tensor | None,
     kernel: bool, deterministic: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    check_dense_values(k, key_lengths, key_starts, prefix_k, prompt_ids, prefix_lengths)
     rules = ScoreRules(causal, scale, window, window_includes_prefix, softcap, sinks, alibi_slopes, relative_bias)
     if kernel:
         from ptengine.kernels.prefix_attention import triton_path

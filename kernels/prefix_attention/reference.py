@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ptengine.kernels.prefix_attention.scores import ScoreRules
+from ptengine.kernels.prefix_attention.values import check_dense_values, check_packed_values
 
 __all__ = ["prefix_attention", "prefix_attention_varlen"]
 
@@ -32,6 +33,7 @@ def prefix_attention_varlen(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ptengine.kernels.prefix_attention.prefix_attention_varlen`; returns out and lse."""
+    check_packed_values(q.shape[0], cu_seqlens, max_seqlen, prefix_k, prompt_ids, prefix_rows, prefix_lengths)
     bounds = cu_seqlens.tolist()
     outs, lses = [], []
     for row, (start, end) in enumerate(pairwise(bounds)):
@@ -63,6 +65,7 @@ def prefix_attention(
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
     """See `ptengine.kernels.prefix_attention.prefix_attention`; returns out and lse."""
+    check_dense_values(k, key_lengths, key_starts, prefix_k, prompt_ids, prefix_lengths)
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
     rows_out, rows_lse = [], []

@@ -94,7 +94,7 @@ def forward(
     window = _window(rules, layout, prefix_len)
     forward_kernel[(layout.rows * heads_kv * splits * num_tiles,)](
         q, k, v, *_prefix_pointers(k, v, prefix_k, prefix_v), part, part_lse,
-        layout.bounds, layout.ends, layout.prompts, layout.lengths, rules.sinks, *_biases(rules),
+        layout.bounds, layout.ends, layout.prompts, layout.lengths, *_constants(rules),
         *layout.strides(q, False), *layout.strides(k, True), *layout.strides(v, True),
         *_prefix_strides(layout, k, v, prefix_k, prefix_v),
         rules.scale, rules.softcap or 1.0, window or 0, _reach(rules), total, layout.q_len, layout.k_len, prefix_len,
@@ -147,7 +147,7 @@ def backward(
     prompts = 0 if prefix_k is None else prefix_k.shape[0]
     window = _window(rules, layout, prefix_len)
     width, width_v = _width(dim), _width(dim_v)
-    biases = _biases(rules)
+    _, *biases = _constants(rules)
     positional = window is not None or any(x is not None for x in biases)
     plain = not positional and rules.softcap is None and (dim, dim_v) == (width, width_v)
     tile = backward_tile(launch.architecture(q.device), q.dtype.itemsize * 8, max(width, width_v), layout.k_len, plain)
@@ -250,9 +250,9 @@ def _prefix_strides(
     return (*prefix_k.stride()[:3], *prefix_v.stride()[:3])
 
 
-def _biases(rules: ScoreRules) -> tuple[Tensor | None, Tensor | None]:
-    slopes, bias = rules.alibi_slopes, rules.relative_bias
-    return None if slopes is None else slopes.contiguous(), None if bias is None else bias.contiguous()
+def _constants(rules: ScoreRules) -> list[Tensor | None]:
+    """Sinks, slopes and table as the kernels step through them."""
+    return [None if x is None else x.contiguous() for x in (rules.sinks, rules.alibi_slopes, rules.relative_bias)]
 
 
 def _reach(rules: ScoreRules) -> int:

@@ -6,15 +6,16 @@ Knows nothing of tasks and of how prompts are trained.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptengine.backbone.encoders import encoder_hidden
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
+from ptengine.backbone.modes import Lowerable, eval_mode, lowered_as_used
 from ptengine.backbone.packing import PackedBatch, pack_rows
-from ptengine.backbone.patching import eval_mode, patched, require_patched
+from ptengine.backbone.patching import patched, require_patched
 from ptengine.backbone.step import Prompts
 from ptengine.errors import InputError
 
@@ -22,10 +23,6 @@ __all__ = ["UNREAD", "embed", "text_embeddings"]
 
 UNREAD = "pooler."
 """What names of parameters begin with that no mean of hidden states reads, and that a checkpoint may lack."""
-
-
-class _Prompt(Protocol):
-    def lower(self) -> LoweredPrompt: ...
 
 
 def text_embeddings(
@@ -58,7 +55,7 @@ def text_embeddings(
 
 def embed(
     model: Any,
-    prompt: _Prompt | LoweredPrompt | None,
+    prompt: Lowerable | LoweredPrompt | None,
     texts: Sequence[str],
     tokenizer: Any,
     *,
@@ -100,7 +97,7 @@ def _embed(
     lowered = prompt
     if prompt is not None and not isinstance(prompt, VirtualTokens | KeyValuePrefix):
         prompt.facts.require_fits(spec, "the prompt")
-        lowered = prompt.lower()
+        lowered = lowered_as_used(prompt)
     room = spec.max_positions - (0 if lowered is None else lowered.num_virtual_tokens)
     limit = room if max_length is None else max_length
     if limit > room:

@@ -9,10 +9,10 @@ import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ptengine.backbone.attention import PrefixContext
 from ptengine.backbone.caches import cache_name, check_cache_name, whole_cache, with_settings
@@ -22,8 +22,9 @@ from ptengine.backbone.generation_steps import with_prefix
 from ptengine.backbone.in_row_generation import generate_in_row
 from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
+from ptengine.backbone.modes import Lowerable, eval_mode, lowered_as_used
 from ptengine.backbone.packing import check_vocabulary, pack_rows
-from ptengine.backbone.patching import eval_mode, patched, require_patched
+from ptengine.backbone.patching import patched, require_patched
 from ptengine.backbone.seq2seq_generation import REFUSED, generate_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.step import capture_prefixes, check_fit, stack_prefixes
@@ -31,10 +32,6 @@ from ptengine.backbone.text_dependent import own_prompts
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["generate", "generate_in_batches"]
-
-
-class _Prompt(Protocol):
-    def lower(self) -> LoweredPrompt: ...
 
 
 Inputs = str | Sequence[str] | Sequence[Sequence[int]] | Tensor | Mapping[str, Tensor]
@@ -59,7 +56,7 @@ _ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exi
 
 def generate(
     model: Any,
-    prompt: _Prompt | LoweredPrompt | Sequence[_Prompt | LoweredPrompt | None] | None,
+    prompt: Lowerable | LoweredPrompt | Sequence[Lowerable | LoweredPrompt | None] | None,
     inputs: Inputs,
     tokenizer: Any = None,
     **generation_kwargs: Any,
@@ -124,7 +121,7 @@ def generate(
 
 
 def generate_in_batches(
-    model: Any, prompt: _Prompt | None, rows: Sequence[list[int]], tokenizer: Any, batch_size: int, **kwargs: Any
+    model: Any, prompt: Lowerable | None, rows: Sequence[list[int]], tokenizer: Any, batch_size: int, **kwargs: Any
 ) -> list[str]:
     """Continuations (or targets) of many rows of token ids, without special tokens, in the rows' order.
 
@@ -307,18 +304,8 @@ def _lowered(spec: BackboneSpec, prompt: Any, batch: int) -> tuple[list[LoweredP
     for one in distinct.values():
         if not isinstance(one, LoweredPrompt):
             one.facts.require_fits(spec, "the prompt")
-    lowered = [_as_used(one) for one in distinct.values()]
+    lowered = [lowered_as_used(one) for one in distinct.values()]
     return lowered, [-1 if one is None else order[id(one)] for one in per_row]
-
-
-def _as_used(prompt: _Prompt | LoweredPrompt) -> LoweredPrompt:
-    """The prompt lowered without the noise of its training."""
-    if isinstance(prompt, LoweredPrompt):
-        return prompt
-    if not isinstance(prompt, nn.Module):
-        return prompt.lower()
-    with eval_mode(prompt):
-        return prompt.lower()
 
 
 def _kept_prompts(

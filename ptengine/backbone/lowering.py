@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
@@ -134,8 +134,10 @@ class TextDependentTokens:
 FixedPrompt = VirtualTokens | KeyValuePrefix | GatedTokens
 LoweredPrompt = FixedPrompt | TextDependentTokens
 
+_Fixed = TypeVar("_Fixed", bound=FixedPrompt)
 
-def detached(prompt: FixedPrompt) -> FixedPrompt:
+
+def detached(prompt: _Fixed) -> _Fixed:
     """The prompt with its tensors apart from their graph and from the parameters that lowering may have handed out."""
     parts = {part.name: getattr(prompt, part.name) for part in fields(prompt)}
     changes: dict[str, Any] = {name: x.detach() for name, x in parts.items() if isinstance(x, Tensor)}

@@ -26,11 +26,12 @@ from ptengine.backbone.frozen_layers import fuse_layers
 from ptengine.backbone.generation_steps import BehindPrefix
 from ptengine.backbone.heads import PreparedForward, TappedHead, tapping
 from ptengine.backbone.in_row_generation import row_hooks
+from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["PATCHING", "eval_mode", "is_patched", "patch", "patched", "require_patched", "unpatch"]
+__all__ = ["PATCHING", "is_patched", "patch", "patched", "require_patched", "unpatch"]
 
 _STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"
@@ -326,18 +327,6 @@ def require_patched(model: Any) -> BackboneSpec:
                 f"{config._attn_implementation!r}: it was changed after patch; unpatch and patch again"
             )
     return state.spec
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module is in the mode it was in, which need not be one for all."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def _configs(model: nn.Module) -> list[Any]:

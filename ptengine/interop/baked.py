@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptengine.backbone import label_hidden, pack_rows, patched
-from ptengine.backbone.patching import eval_mode
+from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.proof import tolerance
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.vocabulary import vocabulary_logits

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from ptengine.backbone.caches import whole_cache
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError, UnsupportedModelError
@@ -289,12 +290,15 @@ def text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
     try:
         with torch.no_grad():
             device = spec.word_embeddings.weight.device
-            cache = spec.base_model(input_ids=ids[None].to(device), use_cache=True).past_key_values
+            # The cache that a model with sliding windows makes for itself drops the tokens that have left them.
+            cache = whole_cache(None, spec.num_layers, len(ids))
+            spec.base_model(input_ids=ids[None].to(device), past_key_values=cache, use_cache=True)
     finally:
         for module in training:
             module.training = True
     # Per layer [1, H_kv, P, D], keys after rotary embedding; as [P, H_kv, D] on the CPU.
-    layers = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in cache.layers]
+    given: list[Any] = cache.layers
+    layers = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in given]
     keys = torch.stack([key.float().cpu() for key, _ in layers])  # [L, P, H_kv, D]
     values = torch.stack([value.float().cpu() for _, value in layers])  # [L, P, H_kv, D]
     return torch.stack([keys, values])  # [2, L, P, H_kv, D]

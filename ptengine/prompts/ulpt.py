@@ -90,7 +90,8 @@ class ULPTPrompt(Reparametrized):
             bound = math.sqrt(6 / (rank + width))
             # Another stream than that of Z, which may come from the same seed.
             generator = torch.Generator().manual_seed(self.settings["projection_seed"] ^ 0x5EED)
-            with torch.device("cpu"):
+            # Kept, so no tensor of inference mode, which training could not save for its backward pass.
+            with torch.device("cpu"), torch.inference_mode(False):
                 drawn = torch.empty(rank, width).uniform_(-bound, bound, generator=generator)
-            self._drawn = drawn = drawn.to(self.codes)
+                self._drawn = drawn = drawn.to(self.codes)
         return drawn

@@ -6,14 +6,15 @@ Knows the patched backbone and prompts; trains nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ptengine.backbone import label_log_probs
-from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, VirtualTokens
+from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, VirtualTokens, detached
+from ptengine.backbone.modes import lowered_as_used
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError
@@ -59,16 +60,17 @@ def prompt_importance(model: Any, prompt: Prompt, batches: Iterable[PackedBatch]
     if isinstance(num_pieces, bool) or not isinstance(num_pieces, int) or num_pieces < 1 or width % num_pieces:
         raise InputError(f"expected num_pieces that divides the model's width {width}, got {num_pieces!r}")
     with torch.no_grad():
-        lowered = prompt.lower()
+        lowered = lowered_as_used(prompt)
     if not isinstance(lowered, VirtualTokens):
         kind = {KeyValuePrefix: "prefix", GatedTokens: "gated tokens"}.get(type(lowered), "text-dependent tokens")
         raise InputError(f"expected a prompt of virtual tokens, got the {kind} of {type(prompt).__name__}")
-    embeds = lowered.embeds.detach()  # [P, d]
+    lowered = detached(lowered)
+    embeds = lowered.embeds  # [P, d]
     tokens, pieces = torch.zeros(len(embeds)), torch.zeros(len(embeds), num_pieces)
     rows = 0
     with frozen(model):
         for batch in batches:
-            gradient = _row_gradients(model, embeds, batch)  # [B, P, d]
+            gradient = _row_gradients(model, lowered, batch)  # [B, P, d]
             # d(g * e)/dg = e, so a factor's gradient is the sum of e times the gradient of e over what it multiplies.
             by_piece = (gradient * embeds).unflatten(-1, (num_pieces, -1)).sum(-1)  # [B, P, k]
             tokens += by_piece.sum(-1).abs().sum(0).cpu()
@@ -79,12 +81,12 @@ def prompt_importance(model: Any, prompt: Prompt, batches: Iterable[PackedBatch]
     return Importance(tokens / rows, pieces / rows)
 
 
-def _row_gradients(model: Any, embeds: Tensor, batch: PackedBatch) -> Tensor:
+def _row_gradients(model: Any, lowered: VirtualTokens, batch: PackedBatch) -> Tensor:
     """dL(x)/dE for every row x of the batch: [B, P, d]."""
     with torch.enable_grad():
-        copies = [embeds.clone().requires_grad_() for _ in range(batch.num_rows)]
+        copies = [lowered.embeds.clone().requires_grad_() for _ in range(batch.num_rows)]
         log_probs, at = label_log_probs(
-            model, [VirtualTokens(copy) for copy in copies], batch, prompt_ids=range(batch.num_rows)
+            model, [replace(lowered, embeds=copy) for copy in copies], batch, prompt_ids=range(batch.num_rows)
         )  # [n], [n]
         counts = torch.bincount(at, minlength=batch.num_rows)  # [B]
         if not bool(counts.all()):

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from ptengine.backbone import backbone_spec, masked_lm_loss, pack_rows, packed_loss
 from ptengine.backbone.lowering import LoweredPrompt, VirtualTokens
+from ptengine.backbone.modes import lowered_as_used
 from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import Template
@@ -115,7 +116,7 @@ def prompt_adaptivity(
     scores = {}
     with frozen(model), torch.no_grad():
         for name, prompt in prompts.items():
-            lowered = None if prompt is None else prompt.fold().lower()
+            lowered = None if prompt is None else lowered_as_used(prompt.fold())
             of_template = of_texts = None
             if spec.kind != "seq2seq":
                 of_texts = _loss(model, spec, lowered, rows, frame)

@@ -17,7 +17,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from ptengine.backbone.patching import eval_mode, is_patched
+from ptengine.backbone.modes import eval_mode
+from ptengine.backbone.patching import is_patched
 from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError, UnsupportedModelError
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone import backbone_spec
-from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.lowering import LoweredPrompt, TextDependentTokens, VirtualTokens
+from ptengine.backbone.modes import lowered_as_used
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import (
     BoundVerbalizer,
@@ -209,9 +210,11 @@ def _checked(
     spec = backbone_spec(model)
     make_objective(task, model, spec, tokenizer, bf16)  # refuses what no task can be scored on
     with torch.no_grad():
-        lowered = [prompt.fold().lower() for prompt in prompts]
-    if len({type(prompt) for prompt in lowered}) > 1:
-        raise InputError("expected prompts of one kind for an ensemble, got virtual tokens and prefixes")
+        lowered = [lowered_as_used(prompt.fold()) for prompt in prompts]
+    given = {VirtualTokens if isinstance(prompt, TextDependentTokens) else type(prompt) for prompt in lowered}
+    kinds = sorted(kind.__name__ for kind in given)
+    if len(kinds) > 1:
+        raise InputError(f"expected prompts of one kind for an ensemble, got {' and '.join(kinds)}")
     room = min(room_for_text(spec, prompt, max_length) for prompt in prompts)
     rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec.vocab_size).rows
     return _Work(model, spec, lowered, heads, task, bound_words(task, tokenizer), rows, batch_size, bf16)
@@ -221,4 +224,6 @@ def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
     if len(given) != count or not all(math.isfinite(w) and w >= 0 for w in given) or (count and sum(given) == 0):
         raise InputError(f"expected {count} weights of at least 0 that do not add up to 0, got {given}")
+    largest = max(given, default=1.0)
+    given = [weight / largest for weight in given]  # whose sum is finite
     return [weight / math.fsum(given) for weight in given]

@@ -25,6 +25,7 @@ from ptengine.backbone import (
     sequence_head,
 )
 from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.modes import lowered_as_used
 from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.data import (
     BoundVerbalizer,
@@ -142,7 +143,7 @@ def teach(
         return class_log_probs(word_log_probs(model, spec, lowered, task, bound, part, config.bf16)[0], bound)
 
     with frozen(model), torch.no_grad():
-        lowered = [teacher.fold().lower()]
+        lowered = [lowered_as_used(teacher.fold())]
         log_p = torch.cat([said_of(part) for part in row_batches(asked, size)]).double().cpu()  # [n, C]
     sure = (log_p.max(dim=1).values.exp() >= settings.threshold).nonzero()[:, 0].tolist()
     if not sure:

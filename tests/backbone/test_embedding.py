@@ -76,6 +76,15 @@ def test_embed_gives_texts_in_their_order() -> None:
     assert relative(cut, stock(model, prompt.embeds, shorter)) < 1e-5
 
 
+def test_a_mixture_embeds_without_the_noise_of_its_training() -> None:
+    model, tokens = encoder(), tokenizer()
+    mixture = ptengine.MixturePrompt(model, 3, num_experts=3).train()
+    found = [ptengine.embed(model, mixture, TEXTS, tokens) for _ in range(2)]
+    assert mixture.training
+    assert torch.equal(*found)
+    assert torch.equal(found[0], ptengine.embed(model, mixture.eval(), TEXTS, tokens))
+
+
 def test_bad_inputs() -> None:
     model, tokens = encoder(), tokenizer()
     for texts in ("a", [], [3]):

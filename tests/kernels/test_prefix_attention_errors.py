@@ -85,6 +85,11 @@ PACKED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "prefix_rows below": (NO_PREFIX | {"prefix_rows": index(-2, 0, 0)}, ValueError, "prefix_rows from -1 to 2"),
     "prefix_rows of a reader": (NO_PREFIX | {"prefix_rows": index(-1, 0, 1)}, ValueError, "got row 1 doing both"),
     "prefix_rows of itself": (NO_PREFIX | {"prefix_rows": index(0, -1, -1)}, ValueError, "got row 0 doing both"),
+    "max_seqlen of a fraction": ({"max_seqlen": 5.0}, TypeError, "max_seqlen, a whole number, got 5.0"),
+    "no max_seqlen": ({"max_seqlen": None}, TypeError, "max_seqlen, a whole number, got None"),
+    "window of a fraction": ({"window": 2.5}, TypeError, "window, a whole number, got 2.5"),
+    "scale without end": ({"scale": float("inf")}, ValueError, "finite scale, got inf"),
+    "softcap without end": ({"softcap": float("inf")}, ValueError, "positive softcap, got inf"),
     "window of 0": ({"window": 0}, ValueError, "window of at least 1, got 0"),
     "softcap of 0": ({"softcap": 0.0}, ValueError, "positive softcap, got 0.0"),
     "softcap negative": ({"softcap": -1.0}, ValueError, "positive softcap"),
@@ -147,3 +152,16 @@ def test_long_lists_are_cut() -> None:
     lengths = tuple([1] * 50)
     with pytest.raises(ValueError, match=r"got \[0, 1, 2, 3, 4, 5, 6, 7, \.\.\.\]"):
         prefix_attention_varlen(*packed(tuple([1] * 51)), None, None, cumulative(lengths), 1)
+
+
+def test_a_compiler_dropped_the_checks_of_values() -> None:
+    """Tokens outside cu_seqlens were then what memory held, and ids out of range raw errors of PyTorch."""
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    compiled(good())
+    for case in ("cu_seqlens short", "prompt_ids beyond", "prefix_lengths beyond", "prefix_rows of a reader"):
+        spoilt, error, message = PACKED[case]
+        with pytest.raises(error, match=message):
+            compiled(good() | spoilt)
+    spoilt, message = DENSE["key_lengths beyond"]
+    with pytest.raises(ValueError, match=message):
+        torch.compile(lambda given: prefix_attention(**given), backend="eager", fullgraph=True)(dense_good() | spoilt)

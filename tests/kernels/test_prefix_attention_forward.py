@@ -19,7 +19,9 @@ from .prefix_attention_cases import (
     OPTIONS,
     check_error,
     cumulative,
+    gradients,
     index,
+    leaves,
     noise,
     packed,
     plain_row,
@@ -52,6 +54,17 @@ def test_every_shape(size: int, heads: tuple[int, int], dim: int, causal: bool) 
     got, exact = both(tensors, LENGTHS, causal=causal)
     stock = plain_varlen(*tensors[:3], [(tensors[3], tensors[4])] * 5, LENGTHS, causal=causal)
     check_error(got, stock, exact, 1.5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_scales_that_are_not_above_zero_gave_nan(scale: float) -> None:
+    """PyTorch's fused kernel scales the hidden scores of -inf, too."""
+    tensors = leaves(*packed(dtype=torch.float32), *prefixes(7, dtype=torch.float32))
+    got, exact = both(tensors, LENGTHS, scale=scale)
+    stock = plain_varlen(*tensors[:3], [(tensors[3], tensors[4])] * 5, LENGTHS, scale=scale)
+    check_error(got, stock, exact, 1.5)
+    for ours, theirs in zip(gradients(got, tensors), gradients(exact, tensors), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -399,6 +399,41 @@ def test_layouts_do_not_matter() -> None:
         assert torch.equal(x, y)
 
 
+def test_strides_of_index_tensors_and_sinks_were_ignored() -> None:
+    """The kernels step through them by one: rows were cut, and prompts chosen, by whatever lay between."""
+
+    def strided(x: Tensor) -> Tensor:
+        return torch.stack([x, torch.full_like(x, 77)], dim=1)[:, 0]
+
+    lengths = (5, 16, 0, 9)
+    tensors = packed(lengths, dtype=torch.float32) + prefixes(3, 7, dtype=torch.float32)
+    sinks = noise(1, dtype=torch.float32).expand(tensors[0].shape[1])
+    given = {"cu_seqlens": cumulative(lengths), "prompt_ids": index(0, 2, -1, 1), "prefix_lengths": index(7, 3, 1)}
+    results = []
+    for change in (strided, torch.clone):
+        changed = on_device({name: change(x) for name, x in given.items()} | {"sinks": sinks})
+        inputs = [x.to(DEVICE).requires_grad_() for x in tensors]
+        out = prefix_attention_varlen(*inputs, max_seqlen=16, backend="triton", **changed)
+        assert isinstance(out, Tensor)
+        results.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    exact = prefix_attention_varlen(*[x.double() for x in tensors], max_seqlen=16, backend="reference",
+                                    **(given | {"sinks": sinks}))  # fmt: skip
+    assert isinstance(exact, Tensor)
+    torch.testing.assert_close(results[0][0].cpu().double(), exact, rtol=0, atol=1e-5)
+
+    q, k, v = noise(3, 4, 2, 16), noise(3, 2, 5, 16), noise(3, 2, 5, 16)
+    bounds = {"key_lengths": index(5, 4, 3), "key_starts": index(0, 2, 1)}
+    dense = [
+        prefix_attention(
+            *[x.float().to(DEVICE) for x in (q, k, v)], None, None, backend="triton",
+            **on_device({name: change(x) for name, x in bounds.items()}),
+        )
+        for change in (strided, torch.clone)
+    ]  # fmt: skip
+    assert torch.equal(*dense)  # type: ignore[arg-type]
+
+
 def test_only_the_prefix_part_runs_where_rows_need_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the first layer of a frozen backbone neither queries nor rows' keys get a program, nor memory."""
     grids = []

@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, DynamicCache
 
 import ptengine
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.errors import InputError
-from ptengine.prompts import Prefix, SoftPrompt
+from ptengine.prompts import Cartridge, Prefix, SoftPrompt, load_prompt
 from ptengine.prompts.prefix import blocks_to_prefix, prefix_to_blocks
 
 SHAPES = {"gpt2": (2, 4, 8), "llama": (3, 2, 8), "qwen3": (3, 2, 16), "bert": (2, 4, 8)}  # L, H_kv, D
@@ -103,6 +103,30 @@ def test_a_prefix_from_a_short_text_repeats_it(make_model, tokenizer):
     text, rest = torch.tensor([[0, 6, 8, 0, 6, 8, 0]]), torch.tensor([[20, 21]])
     whole = model(torch.cat([text, rest], dim=1)).logits[:, 7:]
     torch.testing.assert_close(logits_behind(model, prefix, rest), whole, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+def test_a_text_longer_than_a_window_lost_its_first_tokens(tokenizer, tmp_path, family):
+    """The cache of a model with sliding windows keeps the last tokens only, and what was saved could not be loaded."""
+    settings = {"sliding_window": 4}
+    if family == "gemma3_text":
+        settings["layer_types"] = ["sliding_attention", "full_attention"]
+    config = AutoConfig.for_model(
+        family, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        intermediate_size=32, vocab_size=64, max_position_embeddings=64, pad_token_id=0, **settings,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    given = {"text": "is this review good or bad", "tokenizer": tokenizer}
+    for prefix in (
+        Prefix(model, 5, "text", init_text=given["text"], tokenizer=tokenizer),
+        Cartridge(model, 5, **given),
+    ):
+        text, rest = torch.tensor([[0, 3, 4, 5, 6]]), torch.tensor([[20, 21, 22, 23]])
+        whole = model(torch.cat([text, rest], dim=1)).logits[:, 5:]
+        torch.testing.assert_close(logits_behind(model, prefix, rest), whole, rtol=1e-5, atol=1e-6)
+        prefix.save(tmp_path / prefix.method)
+        assert torch.equal(load_prompt(tmp_path / prefix.method, model).lower().keys, prefix.lower().keys)
 
 
 def test_a_prefix_from_a_text_on_a_real_model(shared):

@@ -58,6 +58,16 @@ def test_it_follows_a_change_of_dtype(gpt2):
     torch.testing.assert_close(prompt.double().lower().embeds.float(), before)
 
 
+def test_a_prompt_that_was_first_used_in_inference_mode_could_not_be_trained(gpt2, tmp_path):
+    """The projection, kept from there, was no tensor that a backward pass may save."""
+    ULPTPrompt(gpt2, 5).save(tmp_path, folded=False)
+    prompt = load_prompt(tmp_path, gpt2)
+    with torch.inference_mode():
+        prompt.lower()
+    prompt.lower().embeds.sum().backward()
+    assert prompt.codes.grad.abs().sum() > 0
+
+
 BAD = {
     "no rank": ({"rank": 0}, "rank, a whole number of at least 1, got 0"),
     "a negative projection": ({"projection_seed": -1}, "projection_seed, a whole number of at least 0, got -1"),

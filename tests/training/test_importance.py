@@ -7,7 +7,7 @@ import torch
 
 from ptengine.backbone.packing import pack_rows
 from ptengine.errors import InputError
-from ptengine.prompts import Prefix, SoftPrompt
+from ptengine.prompts import DecomposedPrompt, Prefix, SoftPrompt
 from ptengine.training import prompt_importance
 
 from . import tiny
@@ -16,7 +16,7 @@ ROWS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
 LABELS = [[-100, -100, 7, 8], [-100, 10], [11, -100, 13]]
 
 
-def literal(model, embeds, pieces):
+def literal(model, embeds, pieces, offsets=None):
     """E_x |dL/dg| with the stock model in fp64, one row and one factor mask at a time."""
     model = model.double().eval()
     tokens, parts = torch.zeros(len(embeds)).double(), torch.zeros(len(embeds), pieces).double()
@@ -25,6 +25,8 @@ def literal(model, embeds, pieces):
         zeta = torch.ones(len(embeds), pieces, dtype=torch.float64, requires_grad=True)
         masked = embeds.double() * gamma[:, None] * zeta.repeat_interleave(embeds.shape[1] // pieces, dim=1)
         text = model.get_input_embeddings()(torch.tensor(ids))
+        if offsets is not None:
+            text = text + offsets.double()[: len(ids)]
         logits = model(inputs_embeds=torch.cat([masked, text])[None]).logits[0]
         loss = torch.nn.functional.cross_entropy(logits[len(embeds) - 1 : -1], torch.tensor(labels))
         by_token, by_piece = torch.autograd.grad(loss, [gamma, zeta])
@@ -46,6 +48,19 @@ def test_scores_are_those_of_a_mask(monkeypatch):
     assert torch.equal(prompt.embeds, before)
     assert prompt.embeds.grad is None
     tokens, pieces = literal(model, before, 8)
+    torch.testing.assert_close(found.tokens.double(), tokens, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(found.pieces.double(), pieces, rtol=1e-4, atol=1e-7)
+
+
+def test_offsets_of_the_text_were_left_out():
+    """DePT's second part changes what the text says, and with it what the virtual tokens matter."""
+    model = tiny.gpt2()
+    prompt = DecomposedPrompt(model, 4)
+    torch.nn.init.normal_(prompt.right)
+    batches = [pack_rows(ROWS, labels=LABELS)]
+    found = prompt_importance(model, prompt, batches, num_pieces=8)
+    lowered = prompt.lower()
+    tokens, pieces = literal(model, lowered.embeds.detach(), 8, lowered.input_offsets.detach())
     torch.testing.assert_close(found.tokens.double(), tokens, rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(found.pieces.double(), pieces, rtol=1e-4, atol=1e-7)
 

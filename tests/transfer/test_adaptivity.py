@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from types import ModuleType
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import BertForMaskedLM
 
 from ptengine.data import Template
 from ptengine.errors import InputError
-from ptengine.prompts import SoftPrompt
+from ptengine.prompts import MixturePrompt, SoftPrompt
 from ptengine.transfer import prompt_adaptivity
 
 TEMPLATE = Template("the {text} it was")
@@ -26,6 +27,16 @@ def stock_losses(model: Any, prompt: Any, ids: list[int]) -> list[float]:
     embeds = text if prompt is None else torch.cat([prompt.embeds, text])
     logits = model(inputs_embeds=embeds[None]).logits[0, -len(ids) : -1]
     return F.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").tolist()
+
+
+def test_a_mixture_is_scored_without_the_noise_of_its_training(tiny: ModuleType) -> None:
+    model, texts = tiny.gpt2().eval(), [row["text"] for row in tiny.rows(10, 2)]
+    mixture = MixturePrompt(model, 4, num_experts=3, seed=1).train()
+    found = [
+        prompt_adaptivity(model, tiny.tokenizer(), TEMPLATE, texts, {"own": prompt})["own"]
+        for prompt in (mixture, mixture, copy.deepcopy(mixture).eval())
+    ]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "llama"])

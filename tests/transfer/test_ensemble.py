@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import BertForMaskedLM
 
-from ptengine import HeadedPrompt
+from ptengine import HeadedPrompt, MixturePrompt
 from ptengine.backbone import is_patched
 from ptengine.data import EmbeddingTask, MaskedClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer
 from ptengine.errors import InputError
@@ -152,6 +152,22 @@ def test_weights_of_held_back_rows_are_their_likelihoods(tiny: ModuleType) -> No
     assert likelihood_weights(model, prompts, task, [*rows, *rows], tokens) == pytest.approx(found, rel=1e-5)
 
 
+def test_a_mixture_is_asked_without_the_noise_of_its_training(tiny: ModuleType) -> None:
+    """Loaded prompts are in training mode, and a fold keeps it: every call gave other numbers."""
+    model, tokens, task, rows = tiny.gpt2(), tiny.tokenizer(), tiny.words_task(), tiny.rows(6, 4)
+    mixture = MixturePrompt(model, 4, num_experts=3, seed=1).train()
+    wanted = evaluate(model, mixture, task, rows, tokens).metrics["loss"]
+    for prompts in ([mixture], [mixture, mixture], [mixture, mixture.fold()]):
+        found = evaluate_ensemble(model, prompts, task, rows, tokens)
+        assert found.metrics["loss"] == pytest.approx(wanted, rel=1e-6)
+    assert likelihood_weights(model, [mixture, mixture], task, rows, tokens) == pytest.approx([0.5, 0.5], rel=1e-6)
+    with_soft = evaluate_ensemble(model, [mixture, tiny.soft(model)], task, rows, tokens, weights=[1e308, 1e308])
+    assert with_soft.metrics["loss"] < max(
+        wanted, evaluate(model, tiny.soft(model), task, rows, tokens).metrics["loss"]
+    )
+    assert mixture.training
+
+
 def test_bad_ensembles_are_refused(tiny: ModuleType) -> None:
     model, tokens = tiny.gpt2(), tiny.tokenizer()
     soft = tiny.soft(model)
@@ -161,7 +177,7 @@ def test_bad_ensembles_are_refused(tiny: ModuleType) -> None:
 
     with pytest.raises(InputError, match="at least one prompt"):
         ask([])
-    with pytest.raises(InputError, match="virtual tokens and prefixes"):
+    with pytest.raises(InputError, match="got KeyValuePrefix and VirtualTokens"):
         ask([soft, tiny.prefix(model)])
     with pytest.raises(InputError, match="None among them"):
         ask([soft, None])
