@@ -27,6 +27,7 @@ from ptengine.backbone.generation_steps import BehindPrefix
 from ptengine.backbone.heads import PreparedForward, TappedHead, tapping
 from ptengine.backbone.in_row_generation import row_hooks
 from ptengine.backbone.modes import eval_mode
+from ptengine.backbone.quantized import KeepsGradients, check_head
 from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
@@ -88,8 +89,20 @@ def patch(model: Any) -> Any:
         return model
 
 
-def _patch(model: Any) -> Any:
+def _patch(model: Any) -> None:
     spec = config_spec(model)
+    if spec.lm_head is not None:
+        check_head(spec.lm_head)
+    kept = KeepsGradients(model)
+    try:
+        _patch_kind(model, spec)
+    except BaseException:
+        kept.remove()
+        raise
+    model.__dict__[_STATE].handles.append(kept)
+
+
+def _patch_kind(model: Any, spec: BackboneSpec) -> Any:
     if is_proven(model.config):
         return _install(model, spec, None, None)
     if spec.kind == "seq2seq":

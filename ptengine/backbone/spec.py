@@ -144,12 +144,22 @@ def backbone_spec(model: Any) -> BackboneSpec:
             return require_patched(model)
 
 
+def _inside(model: Any) -> str | None:
+    """How to reach the model in a wrapper that hands on its attributes, but is not what runs."""
+    kind = type(model)
+    if kind.__name__ == "OptimizedModule" and hasattr(model, "_orig_mod"):  # its import would bring the compiler in
+        return "its _orig_mod, and compile in place (model.compile()) or after patching"
+    return "its get_base_model(), with the adapters inside" if kind.__module__.startswith("peft.") else None
+
+
 def config_spec(model: Any) -> BackboneSpec:
     """The facts of `model` as its configuration has them; raises as `backbone_spec`."""
     config = getattr(model, "config", None)
     model_type = getattr(config, "model_type", None)
     if config is None or model_type is None:
         raise UnsupportedModelError(f"expected a transformers model, got {type(model).__name__}")
+    if inner := _inside(model):
+        raise UnsupportedModelError(f"expected the model itself, got {type(model).__name__} around it: pass {inner}")
     proven = _is_known(config)
     reason = families.refusal(config)
     if proven and getattr(config, "is_encoder_decoder", False):

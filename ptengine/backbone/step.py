@@ -8,11 +8,12 @@ where they lie. Positions of a text start behind its prompt. Only hidden states 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -431,8 +432,8 @@ def _run(
     token_type_ids: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states [N, d] of the whole layout; those outside `hidden_rows` are meaningless."""
-    types = None
-    if token_type_ids is not None:
+    types, kind = None, cast(Any, type(spec.base_model))
+    if token_type_ids is not None and _has_segments(kind):
         types = torch.zeros(layout.embeds.shape[0], dtype=torch.int64, device=layout.embeds.device)
         types[layout.text] = token_type_ids.to(types.device)
     if spec.path == "in_row":
@@ -460,6 +461,12 @@ def _run(
     )
     extra = {} if types is None else {"token_type_ids": types[None]}
     return packed_call(spec, layout.embeds, layout.positions, context, **extra)
+
+
+@cache
+def _has_segments(kind: type) -> bool:
+    """Whether a stock model of this class reads segment ids: some take them among keywords that they leave unread."""
+    return "token_type_ids" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
 
 
 def packed_call(spec: BackboneSpec, embeds: Tensor, positions: Tensor, context: PrefixContext, **extra: Any) -> Tensor:

@@ -152,8 +152,23 @@ def _kind(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> Literal["causal", 
     other[:, -1] = 20 * row[:, 0]
     changed = stock_hidden(spec.base_model, other)[0]
     eps = torch.finfo(hidden.dtype).eps
-    bound = eps if hidden.dtype in (torch.float16, torch.bfloat16) else 16 * eps
-    return "causal" if distance_of(changed[:-1], hidden[:-1]) <= bound else "encoder"
+    half = hidden.dtype in (torch.float16, torch.bfloat16)
+    if distance_of(changed[:-1], hidden[:-1]) > (eps if half else 16 * eps):
+        return "encoder"
+    return "encoder" if half and _reaches_back(spec, row) else "causal"
+
+
+def _reaches_back(spec: BackboneSpec, row: Tensor) -> bool:
+    """Whether the last token has any part in what stands before it: of a small encoder's less than half precision
+    rounds away, while what causal attention hides has a weight, and so a gradient, of exactly 0."""
+    with torch.inference_mode(False), torch.enable_grad():
+        read = row.clone().requires_grad_()  # [1, P + T, d]
+        try:
+            hidden = stock_hidden(spec.base_model, read)[0]
+            (gradient,) = torch.autograd.grad(hidden[:-1].float().square().sum(), [read])
+        except Exception:
+            return False  # `_require_gradient` says so
+    return bool(gradient[0, -1].any())
 
 
 def _first_position(spec: BackboneSpec, row: Tensor, hidden: Tensor) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ptengine.backbone.quantized import plain_weight
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -64,10 +65,11 @@ def label_cross_entropy(
 def _head(spec: BackboneSpec, hidden: Tensor, logit_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hidden states in the dtype of the LM head, its weight [V, d] and its bias [V] or None; logits are scaled."""
     head: Any = spec.lm_head
+    weight = plain_weight(head)
     bias: Tensor | None = getattr(head, "bias", None)
     if logit_bias is not None:
-        bias = logit_bias.to(head.weight.dtype) if bias is None else bias + logit_bias
-    hidden = hidden.to(head.weight.dtype)
+        bias = logit_bias.to(weight.dtype) if bias is None else bias + logit_bias
+    hidden = hidden.to(weight.dtype)
     if spec.logit_scale != 1:  # of hidden [n, d], not of logits [n, V]
         hidden, bias = hidden * spec.logit_scale, None if bias is None else bias * spec.logit_scale
-    return hidden, head.weight, bias
+    return hidden, weight, bias

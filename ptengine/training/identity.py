@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptengine.backbone.quantized import stored_parts
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.training.config import TrainingConfig
@@ -117,10 +118,11 @@ def fingerprint_model(model: nn.Module, skip: set[str] | frozenset[str] = frozen
     for name, parameter in model.named_parameters():
         if name in skip:
             continue
-        flat = parameter.detach().reshape(-1)
-        picked = flat[:: max(flat.numel() // 64, 1)][:64].to("cpu", torch.float64)
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(picked.numpy().tobytes())
+        for part in stored_parts(parameter):
+            flat = part.detach().reshape(-1)
+            picked = flat[:: max(flat.numel() // 64, 1)][:64].to("cpu", torch.float64)
+            digest.update(picked.numpy().tobytes())
     return digest.hexdigest()
 
 

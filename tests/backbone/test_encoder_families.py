@@ -218,6 +218,29 @@ def test_layers_that_share_a_module_do_not_recompute_behind_a_prefix() -> None:
             loss.backward()
 
 
+@torch.no_grad()
+def test_segment_ids_that_the_model_leaves_unread() -> None:
+    """Older checkpoints of DistilBERT come with BERT's tokenizer, which makes some; they were taken for rules."""
+    for family, reads in (("distilbert", False), ("electra", True)):
+        model, rows = make(family), random_rows(*LENGTHS)
+        segments = [[i % 2 for i in range(len(row))] for row in rows]
+        with patched(model):
+            got = sequence_logits(model, soft(model), pack_rows(rows, token_type_ids=segments))
+            without = sequence_logits(model, soft(model), pack_rows(rows))
+        assert torch.equal(got, without) != reads
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["roberta", "electra", "distilbert", "modernbert"])
+def test_small_encoders_in_half_precision_were_taken_for_causal(family: str, dtype: torch.dtype) -> None:
+    """What a token says to those before it was lost in the rounding of a model as it is initialised."""
+    torch.manual_seed(0)
+    sizes = {name: 16 for name in ("hidden_size", "dim") if name in COMMON | SHARED[family]}
+    settings = COMMON | SHARED[family] | sizes | {"initializer_range": 0.02, "num_attention_heads": 2, "n_heads": 2}
+    model = AutoModelForMaskedLM.from_config(AutoConfig.for_model(family, **settings)).to(dtype).eval()
+    assert backbone_spec(model).kind == "encoder"
+
+
 def test_inputs() -> None:
     model, masked = make("roberta"), make("roberta", AutoModelForMaskedLM)
     batch = pack_rows([[5, 6]], [[-100, -100]])

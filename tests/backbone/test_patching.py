@@ -278,6 +278,28 @@ def test_not_a_model() -> None:
     assert (report.supported, report.model_type) == (False, "Linear")
 
 
+def test_a_compiled_wrapper_broke_every_other_model() -> None:
+    """It hands attributes on to the model inside, which was patched while the wrapper was noted: KeyErrors ever after."""
+    model, other = make("llama"), make("gpt2")
+    wrapper = torch.compile(model)
+    before = traces(model)
+    with pytest.raises(UnsupportedModelError, match="got OptimizedModule around it: pass its _orig_mod"):
+        patch(wrapper)
+    assert "_orig_mod" in supports(wrapper).reason
+    assert traces(model) == before
+    with patched(other):
+        assert is_patched(other)
+    assert patch(wrapper._orig_mod) is model
+
+
+def test_a_peft_model_is_refused_by_name() -> None:
+    peft = pytest.importorskip("peft", reason="needs peft")
+    wrapper = peft.get_peft_model(make("llama"), peft.LoraConfig(task_type="CAUSAL_LM"))
+    with pytest.raises(UnsupportedModelError, match=r"got PeftModelForCausalLM around it: pass its get_base_model\(\)"):
+        patch(wrapper)
+    assert is_patched(patch(wrapper.get_base_model()))
+
+
 def test_a_failing_patch_leaves_the_model_as_it_was(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Wherever it fails: in the trial forward, behind it, or because a layer's attention is not routed."""
     before, numbers = traces(model), outputs(model)
