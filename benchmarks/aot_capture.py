@@ -38,12 +38,14 @@ class Target:
     triton: GPUTarget
     multiprocessors: int
     shared_limit: int  # bytes of one program
+    calls: frozenset[str] | None = None  # those whose tiles are not a relative's; None for all
 
 
 TARGETS = {
     target.name: target
     for target in (
         Target("sm_80", GPUTarget("cuda", 80, 32), 108, 163 * 1024),
+        Target("sm_86", GPUTarget("cuda", 86, 32), 84, 99 * 1024, frozenset({"bf16 D256 long"})),
         Target("sm_90", GPUTarget("cuda", 90, 32), 132, 227 * 1024),
         Target("sm_100", GPUTarget("cuda", 100, 32), 148, 227 * 1024),
         Target("gfx942", GPUTarget("hip", "gfx942", 64), 304, 64 * 1024),

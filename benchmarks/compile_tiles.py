@@ -136,6 +136,8 @@ def _record_all(
             for call in listed:
                 if call.targets is not None and target.name not in call.targets:
                     continue
+                if target.calls is not None and call.name not in target.calls:
+                    continue
                 try:
                     launches = record(target, call.run)
                 except Exception as error:  # a launcher may raise anything; the gate goes on and tells

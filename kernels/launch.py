@@ -83,13 +83,21 @@ def power_of_two(count: int) -> int:
     return 1 << (max(count, 1) - 1).bit_length()
 
 
+# GeForce, RTX and the like of the generations of sm_80, sm_90 and sm_100.
+_SMALL_SHARED = ("sm_86", "sm_89", "sm_120", "sm_121")
+
+
 def nearest_architecture(architecture: str, known: Collection[str]) -> str:
     """The entry of a tile table that `architecture` takes: its own, else the newest that is not newer, else the oldest.
 
-    One that is not NVIDIA's takes another of AMD's, or the oldest of NVIDIA's, whose tiles are the smallest.
+    One that is not NVIDIA's takes another of AMD's, or the oldest of NVIDIA's, whose tiles are the smallest. NVIDIA's
+    with 99 KiB of shared memory a program take the entry of sm_86, the first of them, or of sm_80, whose other tiles
+    fit: what newer data centres' GPUs hold does not.
     """
     if architecture in known:
         return architecture
+    if architecture in _SMALL_SHARED:
+        architecture = "sm_86"
     if not architecture.startswith("sm_") and any(name.startswith("gfx") for name in known):
         return min(name for name in known if name.startswith("gfx"))
     names = sorted((name for name in known if name.startswith("sm_")), key=_generation)

@@ -182,7 +182,12 @@ class _Steps:
 
     def _captured(self) -> Callable[[], Tensor]:
         """What runs a step: a graph's replay, or the step itself for a model that cannot be captured."""
-        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        device = self._ids.device
+        # Named everywhere: what CUDA takes for current may be another device than the model's.
+        with torch.cuda.device(device):
+            return self._captured_on(torch.cuda.current_stream(device), torch.cuda.Stream(device))
+
+    def _captured_on(self, here: torch.cuda.Stream, side: torch.cuda.Stream) -> Callable[[], Tensor]:
         side.wait_stream(here)
         with torch.cuda.stream(side):
             self._step()  # compiles kernels and makes workspaces; writes where the graph's first replay writes again
@@ -191,7 +196,7 @@ class _Steps:
         try:
             # A capture begins by waiting for the device, which would break another thread's. What others launch and
             # allocate meanwhile does not.
-            with CAPTURING, torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with CAPTURING, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 logits = self._step()
         except RuntimeError as error:
             warnings.warn(

@@ -357,7 +357,8 @@ def _capture(pool: Any, compute: Compute, inputs: list[Tensor]) -> Recording:
         torch.autocast, device.type, dtype, torch.is_autocast_enabled(device.type), cache_enabled=False
     )
     here, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
-    with CAPTURING:
+    # Named everywhere: what CUDA takes for current may be another device than the model's.
+    with CAPTURING, torch.cuda.device(device):
         side.wait_stream(here)
         with torch.cuda.stream(side), torch.enable_grad(), autocast():  # compiles kernels and makes workspaces
             trial = compute(inputs)
@@ -370,7 +371,7 @@ def _capture(pool: Any, compute: Compute, inputs: list[Tensor]) -> Recording:
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         # What other threads launch and allocate meanwhile does not break a capture.
-        record = functools.partial(torch.cuda.graph, pool=pool, capture_error_mode="thread_local")
+        record = functools.partial(torch.cuda.graph, pool=pool, stream=side, capture_error_mode="thread_local")
         with torch.enable_grad():
             with record(forward), autocast():
                 output = compute(inputs)

@@ -22,7 +22,8 @@ KNOWN = {"sm_80", "sm_90", "sm_100", "gfx942", "interpreter"}
     [
         ("sm_90", "sm_90"),
         ("sm_89", "sm_80"),
-        ("sm_121", "sm_100"),
+        ("sm_103", "sm_100"),
+        ("sm_121", "sm_80"),
         ("sm_75", "sm_80"),
         ("gfx942", "gfx942"),
         ("gfx1100", "gfx942"),
@@ -39,7 +40,7 @@ def test_a_table_without_amd_gives_its_smallest_tiles() -> None:
 
 
 def test_every_table_serves_every_machine() -> None:
-    for name in ("sm_75", "sm_80", "sm_90", "sm_100", "sm_121", "gfx942", "interpreter"):
+    for name in ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_121", "gfx942", "interpreter"):
         for bits in (16, 32):
             for dim in (16, 64, 128, 256):
                 for longest in (64, 65):
