@@ -128,7 +128,7 @@ def test_a_row_without_a_table_and_a_table_without_a_row_are_told(tmp_path, monk
 
 
 def test_consumer_gpus_were_given_tiles_that_do_not_fit():
-    """What sm_86 and its like take of sm_80 must leave them their 99 KiB of shared memory; sm_86 has the rest itself."""
+    """What sm_86 and its like take of sm_80 must fit their 99 KiB of shared memory; the rest has entries of sm_86."""
     for release, targets in read_table().items():
         for operation, kernels in targets["sm_80"].items():
             for name, kept in kernels.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,17 @@ class Cycle:
         self.me = self
 
 
+@pytest.fixture(autouse=True)
+def _nothing_frozen() -> Iterator[None]:
+    """As in most releases of Python; 3.12 starts with a few objects frozen."""
+    gc.unfreeze()
+    yield
+    gc.unfreeze()
+
+
 def test_old_objects_are_settled_and_new_cycles_collected() -> None:
-    assert gc.get_freeze_count() == 0
     with settled_objects():
-        assert gc.get_freeze_count() > 1000
+        assert gc.get_freeze_count() > 10000
         seen = weakref.ref(Cycle())
         gc.collect()
         assert seen() is None
@@ -34,6 +42,15 @@ def test_an_error_settles_nothing_for_good() -> None:
     with pytest.raises(KeyError), settled_objects():
         raise KeyError
     assert gc.get_freeze_count() == 0
+
+
+def test_what_python_froze_as_it_started_settled_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 has 375 objects frozen before anybody asks: nothing was ever settled there."""
+    count = gc.get_freeze_count
+    monkeypatch.setattr(gc, "get_freeze_count", lambda: 375)
+    with settled_objects():
+        assert count() > 10000
+    assert count() == 0
 
 
 def test_what_the_caller_froze_stays_frozen() -> None:
@@ -57,5 +74,5 @@ def test_a_run_is_inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Loop, "go", go)
     tiny.trainer(tmp_path, max_steps=1).fit()
-    assert counts[0] > 1000
+    assert counts[0] > 10000
     assert gc.get_freeze_count() == 0
