@@ -92,7 +92,7 @@ stage_sanitizer() {
         # Every allocation on its own: a caching allocator hides accesses beyond a tensor's end.
         PYTORCH_NO_CUDA_MEMORY_CACHING=1 run "$([[ $tool == memcheck ]] && echo $(($(left) / 2)) || left)" "$stage" \
             compute-sanitizer --tool "$tool" --error-exitcode 99 "$python" "$bench/sanitize_case.py"
-        if tail -n "+$((from + 1))" "$details/$stage.log" | grep -q 'Device not supported'; then
+        if grep -q 'Device not supported' < <(tail -n "+$((from + 1))" "$details/$stage.log"); then
             exits[-1]=77
             report+=(--note "compute-sanitizer $tool does not support this device")
         fi

@@ -159,5 +159,5 @@ def tile_columns(rows: int, d: int, *, copies_weight: bool, buffers: int) -> int
     widest = FEW_ROWS_TILE_COLUMNS if rows <= FEW_ROWS else MAX_TILE_COLUMNS
     columns = min(widest, TILE_ELEMENTS // (buffers * max(rows, 1)))
     if copies_weight:  # the converted tile of the weight is workspace as well
-        columns = min(columns, max(MIN_TILE_COLUMNS, TILE_ELEMENTS // d))
+        columns = min(columns, max(MIN_TILE_COLUMNS, TILE_ELEMENTS // max(d, 1)))
     return columns

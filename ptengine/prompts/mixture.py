@@ -84,7 +84,7 @@ class MixturePrompt(TextDependentPrompt):
         starts = [
             SoftPrompt(
                 model, num_virtual_tokens, init, init_text=init_text, class_labels=class_labels, array=array,
-                prompt=prompt, tokenizer=tokenizer, seed=seed * num_experts + expert,
+                prompt=prompt, tokenizer=tokenizer, seed=(seed * num_experts + expert) % 2**63,
             )
             for expert in range(num_experts)
         ]  # fmt: skip

@@ -6,6 +6,7 @@ The Triton kernels have a file of their own, which takes its inputs from here.
 from __future__ import annotations
 
 import itertools
+import math
 from typing import Any
 
 import pytest
@@ -474,3 +475,10 @@ def test_bad_arguments_have_one_clear_error(wrong: dict[str, Any], message: str,
     arguments = {"hidden": H, "weight": W, "labels": Y, "backend": backend} | wrong
     with pytest.raises(ValueError, match=message):
         linear_cross_entropy(**arguments)
+
+
+def test_hidden_states_without_a_dimension_divided_by_zero() -> None:
+    """In 16 bits, whose weight is read in tiles; the loss of logits that are all 0 is log V."""
+    hidden, weight = torch.empty(3, 0, dtype=torch.bfloat16), torch.empty(7, 0, dtype=torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, torch.tensor([0, 3, 6]), backend="torch")
+    assert loss.item() == pytest.approx(math.log(7), rel=1e-6)

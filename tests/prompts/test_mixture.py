@@ -102,3 +102,7 @@ def test_it_starts_with_experts_of_their_own_and_an_orthogonal_router(gpt2: Any)
     assert len({tuple(expert.flatten().tolist()) for expert in prompt.experts.detach()}) == 4
     torch.testing.assert_close(prompt.router.detach() @ prompt.router.detach().T, torch.eye(4), rtol=0, atol=1e-5)
     assert not torch.equal(prompt.experts[0], MixturePrompt(gpt2, 5, num_experts=4, seed=1).experts[0])
+
+
+def test_the_largest_seed_was_refused_by_one_nobody_gave(gpt2):
+    assert MixturePrompt(gpt2, 3, "random", num_experts=4, seed=2**63 - 1).experts.isfinite().all()
