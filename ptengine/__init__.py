@@ -1,7 +1,7 @@
 """ptengine tunes prompts against a frozen Hugging Face backbone: exact, fast and small.
 
-The names users need are imported on first use, so that `import ptengine` stays light and the operations under
-`ptengine.kernels` can be used without transformers.
+The names and modules users need are imported on first use, so that `import ptengine` stays light and the operations
+under `ptengine.kernels` can be used without transformers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,15 @@ def _expose_kernels() -> None:
 _expose_kernels()
 
 if TYPE_CHECKING:
+    from ptengine import assets as assets
+    from ptengine import backbone as backbone
+    from ptengine import data as data
+    from ptengine import errors as errors
     from ptengine import interop as interop
+    from ptengine import kernels as kernels
+    from ptengine import prompts as prompts
+    from ptengine import training as training
+    from ptengine import transfer as transfer
     from ptengine.backbone import embed as embed
     from ptengine.backbone import generate as generate
     from ptengine.backbone import patch as patch
@@ -105,12 +113,13 @@ _HOMES = {
     "sweep": "ptengine.training",
     "unpatch": "ptengine.backbone",
 }
-__all__ = [*sorted(_HOMES), "__version__", "interop"]
+_MODULES = ("assets", "backbone", "data", "errors", "interop", "kernels", "prompts", "training", "transfer")
+__all__ = [*sorted(_HOMES), "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "interop":
-        return importlib.import_module("ptengine.interop")
+    if name in _MODULES:
+        return importlib.import_module(f"ptengine.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'ptengine' has no attribute {name!r}")
     value = getattr(importlib.import_module(_HOMES[name]), name)

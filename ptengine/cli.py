@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import importlib
 import io
 import json
@@ -53,7 +54,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _run(arguments)
     except InputError as error:
         return _fail(error, 2)
-    except (TrainingDiverged, OSError) as error:
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            return _fail(error, 1)
+        # Whichever option it came from.
+        return _fail(InputError(f"expected a name that the system takes, got {error.filename!r}: {error.strerror}"), 2)
+    except TrainingDiverged as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

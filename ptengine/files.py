@@ -151,11 +151,9 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
             then.
     """
     path = Path(path)
-    is_new = not path.exists()
-    try:
+    with _refusing(path):
+        is_new = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"expected a directory to write to, got {str(path)!r}: {error.strerror or error}") from error
     if not os.access(path, os.W_OK | os.X_OK):
         if is_new:
             with suppress(OSError):  # not empty: somebody else's by now
@@ -165,23 +163,41 @@ def make_directory(path: str | os.PathLike[str]) -> Path:
 
 
 @contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """What the system has against the directory `path` is the fault of who named it; a NUL byte is a ValueError."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"expected a directory to write to, got {str(path)!r}: {reason}") from error
+
+
+@contextmanager
 def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """A new directory under a temporary name beside `path`, which gets that name when the block ends.
 
-    For writers of whole directories that cannot be told to write in one step. If the block fails, nothing is left.
+    For writers of whole directories that cannot be told to write in one step. If the block fails, nothing is left. A
+    link to an empty directory stays: what it points to is replaced.
 
     Raises:
-        InputError: before the block: there is something at `path` other than an empty directory, or the directory above
-            it cannot be made or written.
+        InputError: before the block: there is something at `path` other than an empty directory, or no directory can be
+            made there.
         OSError: a file could not be made to survive a power cut.
     """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
+    with _refusing(path):
+        is_directory = path.is_dir()
+        is_other = not is_directory and (path.is_symlink() or path.exists())
+        has_files = is_directory and any(path.iterdir())
+        target = Path(os.path.realpath(path))
+    if is_other:
         raise InputError(f"expected a new or empty directory, got {str(path)!r}, which is no directory")
-    if path.is_dir() and any(path.iterdir()):
+    if has_files:
         raise InputError(f"expected a new or empty directory, got {str(path)!r}, which has files")
-    parent = make_directory(path.absolute().parent)
-    staging = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{path.name}-", dir=parent))
+    parent = make_directory(target.parent)
+    with _refusing(path):
+        # A name that is all but too long leaves no room for a longer one.
+        staging = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{target.name[:32]}-", dir=parent))
     try:
         yield staging
         for folder, _, names in os.walk(staging):
@@ -193,7 +209,7 @@ def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
                     os.close(handle)
             sync_directory(folder)
         staging.chmod(0o777 & ~_UMASK)
-        os.replace(staging, path)  # an empty directory is replaced, too
+        os.replace(staging, target)  # an empty directory is replaced, too
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     sync_directory(parent)

@@ -154,10 +154,39 @@ def test_a_directory_with_files_is_not_replaced(tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "a").write_bytes(b"a")
     (tmp_path / "link").symlink_to(tmp_path / "full")
-    for path, message in (("full", "which has files"), ("full/a", "no directory"), ("link", "no directory")):
+    (tmp_path / "lost").symlink_to(tmp_path / "nowhere")
+    cases = (("full", "which has files"), ("full/a", "no directory"), ("link", "has files"), ("lost", "no directory"))
+    for path, message in cases:
         with (
             pytest.raises(InputError, match=f"a new or empty directory, got .*{message}"),
             staged_directory(tmp_path / path),
         ):
             raise AssertionError
-    assert names(tmp_path) == ["full", "link"]
+    assert names(tmp_path) == ["full", "link", "lost"]
+
+
+def test_a_link_to_an_empty_directory_is_followed(tmp_path):
+    """It was refused as no directory, where `make_directory` takes it."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "empty").mkdir()
+    (tmp_path / "link").symlink_to("home/empty")
+    with staged_directory(tmp_path / "link") as staging:
+        (staging / "a").write_bytes(b"a")
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "home" / "empty") == ["a"]
+    assert names(tmp_path / "home") == ["empty"]
+
+
+@pytest.mark.parametrize("path", ["/proc/x", "a" * 256, "a\0b"], ids=["proc", "long", "nul"])
+@pytest.mark.parametrize("make", [make_directory, lambda path: staged_directory(path).__enter__()])
+def test_a_name_that_the_system_refuses(tmp_path, make, path):
+    """They were errors of the system, for which the command line exits as for a full disk, or a ValueError."""
+    with pytest.raises(InputError, match="expected a directory to write to, got"):
+        make(tmp_path / path)
+    assert names(tmp_path) == []
+
+
+def test_the_longest_name_has_room_for_a_temporary_one(tmp_path):
+    with staged_directory(tmp_path / ("a" * 255)):
+        pass
+    assert names(tmp_path) == ["a" * 255]

@@ -12,6 +12,7 @@ from ptengine.commands.session import add_prompt_argument, add_session_arguments
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
+    from ptengine.data import Task
     from ptengine.prompts import Prompt
 
 FORMATS = ("peft", "prompt_embeds", "baked")
@@ -42,13 +43,12 @@ def run(args: argparse.Namespace) -> Outcome:
         raise InputError(f"expected --output, a new or empty folder, got {args.output!r}, which is no folder")
     if args.peft_type is not None and args.format != "peft":
         raise InputError(f"expected --peft-type with --format peft only, got --format {args.format}")
-    model, tokenizer, prompt, has_head = _open(args)
+    model, tokenizer, prompt, task = _open(args)
     from ptengine import interop
-    from ptengine.prompts import LlamaAdapter
 
     if args.format == "peft":
-        named = has_head or isinstance(prompt, LlamaAdapter)  # of which the checkpoint holds or names parts
-        interop.save_peft(prompt, output, model if named else None, peft_type=args.peft_type)
+        task_type = None if task is None else _PEFT_TASKS.get(task.kind)
+        interop.save_peft(prompt, output, model, task_type=task_type, peft_type=args.peft_type)
     elif args.format == "prompt_embeds":
         interop.save_prompt_embeds(model, prompt, output)
     else:
@@ -66,13 +66,22 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(data, (*lines, *_next(args)))
 
 
-def _open(args: argparse.Namespace) -> tuple[Any, Any, Prompt, bool]:
-    """Model, tokenizer and prompt, and whether the model has a head that was trained with it.
+# PEFT's names of the tasks that it does not tell by the backbone alone.
+_PEFT_TASKS = {
+    "embedding": "FEATURE_EXTRACTION",
+    "masked_classification": "FEATURE_EXTRACTION",
+    "question_answering": "QUESTION_ANS",
+    "sequence_classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+}
+
+
+def _open(args: argparse.Namespace) -> tuple[Any, Any, Prompt, Task | None]:
+    """Model, with the head that was trained with the prompt, tokenizer, prompt, and task where the folder has one.
 
     A folder that `Prompt.save` wrote has no task; ``--model`` then says what it is for.
     """
     from ptengine.commands.recipe import RECIPE_NAME
-    from ptengine.data.tasks import trains_head
 
     folder = Path(args.prompt)
     homes = (folder, folder.resolve().parent)
@@ -84,7 +93,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Prompt, bool]:
                 "expected a prompt whose virtual tokens stand before the text, where other programs put them, got one "
                 f"of the template {template.text!r}"
             )
-        return session.model, session.tokenizer, session.prompt, trains_head(session.task)
+        return session.model, session.tokenizer, session.prompt, session.task
     if args.model is None:
         raise InputError(
             f"expected --model with {args.prompt!r}, which has no {RECIPE_NAME} that says what the prompt was tuned for"
@@ -95,7 +104,7 @@ def _open(args: argparse.Namespace) -> tuple[Any, Any, Prompt, bool]:
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer, args.model) if args.format == "baked" else None
     model = load_model(args.model, device, args.dtype or "float32")
-    return model, tokenizer, load_prompt(folder, model), False
+    return model, tokenizer, load_prompt(folder, model), None
 
 
 def _next(args: argparse.Namespace) -> tuple[str, ...]:

@@ -147,9 +147,10 @@ def _refuse(args: argparse.Namespace, chosen: str, *others: str) -> None:
 
 
 def _labels(path: str, column: str, skip_missing: bool = False) -> tuple[str, ...]:
-    """The labels of a file: those its column declares, else the distinct ones, sorted."""
+    """The labels of a file: those its column declares, else the distinct ones, sorted; -100 is the label of no word."""
     from datasets import ClassLabel
 
+    from ptengine.backbone.packing import IGNORE_INDEX
     from ptengine.data import check_columns, load_rows
     from ptengine.data.cells import described, label_name, place
 
@@ -160,7 +161,7 @@ def _labels(path: str, column: str, skip_missing: bool = False) -> tuple[str, ..
         return tuple(feature.names)
     found = set()
     for index, value in enumerate(rows[column]):
-        for one in value if isinstance(value, list) else [value]:
+        for one in [tag for tag in value if tag != IGNORE_INDEX] if isinstance(value, list) else [value]:
             name = label_name(one)
             if not name and skip_missing:
                 continue

@@ -16,7 +16,7 @@ from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_rows
 from ptengine.data.encoding import EncodedRow
 from ptengine.errors import InputError
 
-__all__ = ["BatchIndices", "ShuffledBatches", "collate"]
+__all__ = ["BatchIndices", "ShuffledBatches", "batch_starts", "collate"]
 
 
 def collate(rows: Sequence[EncodedRow]) -> PackedBatch:
@@ -50,6 +50,11 @@ def collate(rows: Sequence[EncodedRow]) -> PackedBatch:
     )
 
 
+def batch_starts(num_rows: int, batch_size: int, least: int = 1) -> range:
+    """Where batches of rows begin, one after another; a last one of fewer than `least` rows joins the one before."""
+    return range(0, max(num_rows - least, 0) + 1, batch_size)
+
+
 @dataclass(frozen=True)
 class BatchIndices:
     """One batch of an epoch.
@@ -70,8 +75,8 @@ class ShuffledBatches:
 
     The order of epoch e is ``torch.randperm(num_rows)`` on the CPU from a generator seeded with
     ``numpy.random.SeedSequence([seed, e]).generate_state(1, numpy.uint64)``: it depends on nothing that came before, so
-    a resumed run continues with exactly the batch that would have come. The last batch of an epoch may be short; every
-    row comes once per epoch.
+    a resumed run continues with exactly the batch that would have come. Every row comes once per epoch. The last batch
+    of an epoch may be short; one of fewer than `least` rows joins the batch before it.
 
     Iteration continues where the object stands: a second iterator does not start over.
 
@@ -79,34 +84,37 @@ class ShuffledBatches:
         num_rows: rows of the data, at least 1.
         batch_size: rows per batch, at least 1.
         seed: at least 0.
+        least: rows of the shortest batch, from 1 to the batch size.
 
     Raises:
         InputError: an argument is not a whole number in its range.
     """
 
-    def __init__(self, num_rows: int, batch_size: int, seed: int) -> None:
-        for name, value, least in (("num_rows", num_rows, 1), ("batch_size", batch_size, 1), ("seed", seed, 0)):
-            _check_count(name, value, least)
+    def __init__(self, num_rows: int, batch_size: int, seed: int, least: int = 1) -> None:
+        for name, value, low in (("num_rows", num_rows, 1), ("batch_size", batch_size, least), ("seed", seed, 0)):
+            _check_count(name, value, low)
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
+        self._starts = batch_starts(num_rows, batch_size, least)
         self._epoch = 0
         self._batch_index = 0
         self._order: tuple[int, list[int]] | None = None  # the epoch whose order is at hand
 
     @property
     def batches_per_epoch(self) -> int:
-        return -(-self.num_rows // self.batch_size)
+        return len(self._starts)
 
     def __iter__(self) -> Iterator[BatchIndices]:
         return self
 
     def __next__(self) -> BatchIndices:
-        start = self._batch_index * self.batch_size
-        rows = self._permutation(self._epoch)[start : start + self.batch_size]
+        start = self._starts[self._batch_index]
+        is_last = self._batch_index + 1 == self.batches_per_epoch
+        rows = self._permutation(self._epoch)[start : None if is_last else start + self.batch_size]
         batch = BatchIndices(self._epoch, self._batch_index, rows)
         self._batch_index += 1
-        if self._batch_index == self.batches_per_epoch:
+        if is_last:
             self._epoch, self._batch_index = self._epoch + 1, 0
         return batch
 

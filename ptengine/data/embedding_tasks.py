@@ -29,8 +29,9 @@ class EmbeddingTask:
 
     The loss of row i is -log softmax_j(cos(a_i, b_j) / temperature) at j = i, over the texts b_j of all rows of the
     micro-batch (van den Oord et al. 2018, arXiv 1807.03748; Gao et al. 2021, arXiv 2104.08821): large batches make it
-    harder, and gradient accumulation does not. The b of a pair that does not match stands among the texts that are not
-    to be found; such a row has no loss of its own. Embeddings are those of `ptengine.embed`.
+    harder, and gradient accumulation does not. A batch has two rows at least: the last row of an epoch joins the batch
+    before it where it would be alone. The b of a pair that does not match stands among the texts that are not to be
+    found; such a row has no loss of its own. Embeddings are those of `ptengine.embed`.
 
     Attributes:
         text_column, text_pair_column: a and b, each a text by itself with the tokenizer's special tokens.

@@ -21,7 +21,9 @@ import datasets
 import numpy as np
 import pyarrow
 from datasets import Dataset, Features, Value
+from datasets.features.features import generate_from_arrow_type
 from pandas.errors import ParserWarning
+from pyarrow.parquet import ParquetFile
 
 from ptengine.data.cells import described, listed, place
 from ptengine.errors import InputError
@@ -40,10 +42,11 @@ def load_rows(
         source: one of
             a path, whose suffix decides:
                 ``.csv``: comma-separated, a header line, UTF-8. Every cell is text exactly as written (``007`` and
-                ``NA`` stay so); an empty cell is null. A row shorter than the header has nulls at its end.
+                ``NA`` stay so); an empty cell is null. A row shorter than the header has nulls at its end; a line
+                with nothing in it is no row.
                 ``.jsonl``: one object a line; ``.json``: a list of objects, or one object a line. UTF-8. Otherwise as a
                 sequence of dicts;
-                ``.parquet``;
+                ``.parquet``; a column of a type that datasets does not know, such as a map, is left out with a warning;
             a sequence of dicts: a key that a row lacks is null; values of several types may stand in one column and
             stay what they are (ints beside floats alone become floats);
             a `datasets.Dataset`, returned as it is.
@@ -220,7 +223,7 @@ def _load_file(path: Path) -> Dataset:
     _check_bytes(path, text=reader != "parquet")
     if reader == "json":
         return _from_rows(_json_objects(path), str(path))
-    options = _csv_options(path) if reader == "csv" else {}
+    options = _csv_options(path) if reader == "csv" else _parquet_options(path)
     try:
         with _quiet(), tempfile.TemporaryDirectory(prefix="ptengine-") as cache:
             # A plain name in a folder of our own: datasets would read brackets and stars in the user's as patterns.
@@ -276,11 +279,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
+    header: list[str] = []
+    empty = []
     with path.open(encoding="utf-8-sig", newline="") as file, _cells_of_any_size():
+        reader = csv.reader(file)
         try:
-            header = next(record for record in csv.reader(file) if record)
+            for index, record in enumerate(reader):
+                header = header or record
+                if not record:
+                    empty.append(index)
         except csv.Error as error:
-            raise InputError(f"{path}, line 1: expected a header of column names, got: {error}") from error
+            raise InputError(f"{path}, line {reader.line_num}: expected well-formed csv, got: {error}") from error
+    if not header:
+        raise InputError(f"{path}: expected at least one row, got an empty file")
     # pandas writes its index under an empty name and reads it back under this one.
     names = [column or f"Unnamed: {index}" for index, column in enumerate(header)]
     doubled = [column for column in dict.fromkeys(names) if names.count(column) > 1]
@@ -294,7 +305,43 @@ def _csv_options(path: Path) -> dict[str, Any]:
         "index_col": False,
         "keep_default_na": False,
         "na_values": [""],
+        # pandas takes lines of blanks for empty; in a file of one column they are cells.
+        "skip_blank_lines": False,
+        "skiprows": empty,
     }
+
+
+def _parquet_options(path: Path) -> dict[str, Any]:
+    try:
+        with ParquetFile(path) as file:
+            schema, about = file.schema_arrow, file.metadata
+            sizes = [about.row_group(index).num_rows for index in range(about.num_row_groups)]
+    except Exception as error:  # pyarrow's own types and Python's
+        raise InputError(f"{path}: expected a parquet file, got: {_first_line(error)}") from error
+    if not schema.names or not any(sizes):
+        raise InputError(f"{path}: expected at least one row, got none")
+    doubled = [column for column in dict.fromkeys(schema.names) if schema.names.count(column) > 1]
+    if doubled:
+        raise InputError(f"{path}: expected columns of different names, got more than one {listed(doubled)}")
+    options: dict[str, Any] = {"batch_size": max(sizes)}  # by default that of the first group, which may be empty
+    unknown = [field for field in schema if not _has_feature(field.type)]
+    if not unknown:
+        return options
+    types = ", ".join(f"{field.name!r} of type {field.type}" for field in unknown)
+    if len(unknown) == len(schema):
+        raise InputError(f"{path}: expected a column of a type that datasets knows, got {types}")
+    # A column no task reads must not spoil the others.
+    warnings.warn(f"{path}: left out {types}, which datasets does not know", stacklevel=4)
+    known = pyarrow.schema([field for field in schema if field not in unknown], schema.metadata)
+    return options | {"columns": known.names, "features": Features.from_arrow_schema(known)}
+
+
+def _has_feature(kind: pyarrow.DataType) -> bool:
+    try:
+        generate_from_arrow_type(kind)
+    except ValueError:
+        return False
+    return True
 
 
 @contextlib.contextmanager

@@ -28,7 +28,8 @@ class TokenClassificationTask:
     """An encoder reads a list of words, and a trained head gives each its label (named entities, parts of speech).
 
     The label stands at a word's first token (Devlin et al. 2019, arXiv 1810.04805, section 5.3); its other tokens and
-    the special ones have none. With truncation the last words of a row that is too long are left out.
+    the special ones have none. Nor has a word whose label is the number -100: no loss, metric or prediction has it.
+    With truncation the last words of a row that is too long are left out.
 
     Attributes:
         tokens_column: a list of words per row.
@@ -71,8 +72,9 @@ class TokenClassificationTask:
         """See `Task.encode`. `labels` of a row are class ids.
 
         Raises:
-            InputError: also other numbers of words and labels, a word that the tokenizer makes nothing of, or a
-                tokenizer that does not take words (a slow one, or a byte-level one without ``add_prefix_space=True``).
+            InputError: also other numbers of words and labels, no label but -100 in what a row keeps, a word that the
+                tokenizer makes nothing of, or a tokenizer that does not take words (a slow one, or a byte-level one
+                without ``add_prefix_space=True``).
         """
         check_max_tokens(max_tokens)
         special = tokenizer.num_special_tokens_to_add()
@@ -117,6 +119,12 @@ class TokenClassificationTask:
             )
             for index, tokens in enumerate(encoded["input_ids"])
         ]
+        for row in rows:
+            if all(label == IGNORE_INDEX for label in row.labels):
+                raise InputError(
+                    f"{place(source_name, row.index)}: expected a label other than {IGNORE_INDEX} within {max_tokens} "
+                    f"tokens in column {self.tags_column!r}, got none"
+                )
         return EncodedSplit(rows, len(over))
 
     def _words(self, value: Any, source_name: str, index: int) -> list[str]:
@@ -134,6 +142,9 @@ class TokenClassificationTask:
         feature = getattr(dataset.features[self.tags_column], "feature", None)
         classes = []
         for one in value:
+            if one == IGNORE_INDEX:
+                classes.append(IGNORE_INDEX)
+                continue
             if isinstance(feature, ClassLabel) and isinstance(one, int) and one >= 0:
                 one = feature.int2str(one)
             name = label_name(one)

@@ -44,7 +44,7 @@ __all__ = ["load_peft", "save_peft"]
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # the version whose format this is
-TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
+TASK_TYPES = ("CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _PAIRS = "SEQ_2_SEQ_LM"  # the only task of encoder-decoders
 
 _PROMPT_KEY = "prompt_embeddings"
@@ -79,8 +79,10 @@ def save_peft(
         directory: made if need be; its other files are not touched.
         model: the prompt's backbone. Every task with a head needs it: that head (`classifier` or `score`, `qa_outputs`
             for QUESTION_ANS) is written along, and PEFT loads no checkpoint of such a task without one.
-        task_type: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ``"TOKEN_CLS"`` or ``"QUESTION_ANS"``; None means CAUSAL_LM for
-            causal backbones and SEQ_CLS for encoders. Encoder-decoders have ``"SEQ_2_SEQ_LM"`` alone.
+        task_type: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"QUESTION_ANS"`` or ``"FEATURE_EXTRACTION"``, with
+            which PEFT gives what the model gives by itself: hidden states, or a masked language model's logits. None
+            means CAUSAL_LM for causal backbones and SEQ_CLS for encoders. Encoder-decoders have ``"SEQ_2_SEQ_LM"``
+            alone.
         peft_type: the method PEFT will take it for. A soft prompt may be ``"PROMPT_TUNING"`` (None means this),
             ``"P_TUNING"`` (folded: PEFT infers with it, but would train an encoder that starts at random) or
             ``"MULTITASK_PROMPT_TUNING"`` (rank P: columns are the identity, rows the prompts, the shared prompt ones);
@@ -121,7 +123,7 @@ def save_peft(
         raise InputError(f"expected task_type, one of {', '.join(TASK_TYPES)}, got {task_type!r}")
     if task_type == "CAUSAL_LM" and kind != "causal":
         raise InputError(
-            f"expected task_type SEQ_CLS, TOKEN_CLS or QUESTION_ANS for the encoder {facts.model_type!r}, got "
+            f"expected task_type, one of {', '.join(TASK_TYPES[1:])} for the encoder {facts.model_type!r}, got "
             f"{task_type!r}"
         )
 

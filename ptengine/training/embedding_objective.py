@@ -29,11 +29,13 @@ class EmbeddingObjective(BaseObjective):
     """Judged by where each text's pair stands among all pairs of the data; a prediction is the cosine of a pair.
 
     ``recall_at_1`` is the share of texts whose pair comes first, ``mrr`` the mean of 1 / rank, equal texts being equal;
-    ``loss`` is that of training, in batches of the evaluation's size.
+    ``loss`` is that of training, in batches of the evaluation's size. Those have two rows at least, since a text alone
+    has no others to find its pair among: a last row by itself joins the batch before it.
     """
 
     metric_names: ClassVar[tuple[str, ...]] = ("loss", "mrr", "recall_at_1")
     default_metric: ClassVar[str] = "mrr"
+    least_rows: ClassVar[int] = 2
 
     def __init__(self, model: Any, spec: BackboneSpec, bf16: bool, temperature: float) -> None:
         super().__init__(model, spec, bf16)

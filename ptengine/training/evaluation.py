@@ -15,12 +15,22 @@ from safetensors.torch import load_file
 from ptengine.backbone.generation import generate_in_batches
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
+from ptengine.data.sources import name_of
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.training.config import TrainingConfig
 from ptengine.training.freezing import frozen, head_parameters
 from ptengine.training.objective import EvalResult, make_objective
-from ptengine.training.preparation import DataSource, check_head, check_places, check_prompt, encode, room_for_text
+from ptengine.training.preparation import (
+    DataSource,
+    check_batches,
+    check_head,
+    check_places,
+    check_prompt,
+    encode,
+    room_for_text,
+    segments_of,
+)
 from ptengine.training.run import HEAD_NAME
 
 __all__ = ["evaluate", "evaluation_options", "load_head"]
@@ -84,7 +94,8 @@ def evaluate(
     check_head(task, prompt)
     objective = make_objective(task, model, spec, tokenizer, bf16)
     room = room_for_text(spec, prompt, max_length)
-    rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec.vocab_size).rows
+    rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec.vocab_size, segments_of(spec)).rows
+    check_batches(objective, len(rows), batch_size, name_of(data, "data"), "batch_size")
     if generate:
         _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens, task.backbone_kind == "seq2seq")
     training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []

@@ -55,10 +55,13 @@ def make_objective(task: Task, model: Any, spec: BackboneSpec, tokenizer: Any, b
     """The objective of `task` on `model`.
 
     Raises:
-        InputError: no tokenizer, the task is for the other kind of backbone, or the model has not the head it needs.
+        InputError: no tokenizer, `bf16` with weights in float16, the task is for the other kind of backbone, or the
+            model has not the head it needs.
     """
     if not callable(tokenizer):
         raise InputError(f"expected tokenizer, that of the model, got {type(tokenizer).__name__}")
+    if bf16 and spec.word_embeddings.weight.dtype == torch.float16:
+        raise InputError("expected bf16=False with a model in float16, which bfloat16 autocast does not take, got True")
     if task.backbone_kind != spec.kind:
         raise InputError(
             f"expected a task for {spec.kind} models with model type {spec.model_type!r}, got {type(task).__name__}, "

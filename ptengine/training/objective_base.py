@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from ptengine.backbone.lowering import LoweredPrompt
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import BoundVerbalizer, EncodedRow, classification_metrics, collate
+from ptengine.data.collation import batch_starts
 from ptengine.prompts.base import Prompt
 
 __all__ = ["BaseObjective", "EvalResult", "Objective", "class_result", "label_scores", "lower", "perplexity"]
@@ -49,10 +51,12 @@ class Objective(Protocol):
     Attributes:
         metric_names: what `evaluate` returns.
         default_metric: the one that picks the best prompt unless told otherwise.
+        least_rows: of a batch; fewer have no loss.
     """
 
     metric_names: ClassVar[tuple[str, ...]]
     default_metric: ClassVar[str]
+    least_rows: ClassVar[int]
 
     def collate(self, rows: Sequence[EncodedRow]) -> PackedBatch:
         """Rows as one batch on the backbone's device."""
@@ -78,6 +82,8 @@ class Objective(Protocol):
 
 
 class BaseObjective:
+    least_rows: ClassVar[int] = 1
+
     def __init__(self, model: Any, spec: BackboneSpec, bf16: bool) -> None:
         self._model = model
         self._spec = spec
@@ -94,9 +100,10 @@ class BaseObjective:
     def _batches(
         self, rows: Sequence[EncodedRow], batch_size: int, check: Callable[[], None]
     ) -> Iterator[Sequence[EncodedRow]]:
-        for start in range(0, len(rows), batch_size):
+        bounds = [*batch_starts(len(rows), batch_size, self.least_rows), len(rows)]
+        for start, end in pairwise(bounds):
             check()
-            yield rows[start : start + batch_size]
+            yield rows[start:end]
 
 
 def lower(prompt: Prompt | None) -> LoweredPrompt | None:

@@ -20,9 +20,11 @@ from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import backbone_facts
 from ptengine.prompts.headed import HeadedPrompt
+from ptengine.training.objective_base import Objective
 
 __all__ = [
     "DataSource",
+    "check_batches",
     "check_checkpointing",
     "check_head",
     "check_own_head",
@@ -31,6 +33,7 @@ __all__ = [
     "encode",
     "for_task",
     "room_for_text",
+    "segments_of",
 ]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
@@ -89,6 +92,21 @@ def check_places(task: Task, prompt: Prompt | None) -> None:
         )
 
 
+def check_batches(objective: Objective, num_rows: int, batch_size: int, source_name: str, setting: str) -> None:
+    """Refuse batches of fewer rows than have a loss; `setting` is what errors call `batch_size`."""
+    least = objective.least_rows
+    if batch_size < least:
+        raise InputError(
+            f"expected {setting} of at least {least}, since texts find their pairs among the others of a batch, got "
+            f"{batch_size}"
+        )
+    if num_rows < least:
+        raise InputError(
+            f"{source_name}: expected at least {least} rows, since texts find their pairs among the others of a batch, "
+            f"got {num_rows}"
+        )
+
+
 def check_checkpointing(spec: BackboneSpec, prompt: Prompt | None, gradient_checkpointing: bool) -> None:
     """Refuse layers that run again where a prefix stands before the target: they are given no cache to count by."""
     if not gradient_checkpointing or spec.kind != "seq2seq" or prompt is None:
@@ -125,6 +143,11 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
     return max_length or (room if reach is None else min(room, reach))
 
 
+def segments_of(spec: BackboneSpec) -> int | None:
+    """The segment ids that the backbone embeds; None where it reads none."""
+    return getattr(spec.base_model.config, "type_vocab_size", None) or None
+
+
 def encode(
     task: Task,
     data: DataSource,
@@ -134,6 +157,7 @@ def encode(
     truncation: bool,
     name: str,
     vocab_size: int,
+    segments: int | None = None,
 ) -> EncodedSplit:
     """Read and encode `data`; errors call it by its path, or by `name` where it has none.
 
@@ -142,8 +166,8 @@ def encode(
 
     Raises:
         InputError: as `load_rows` and `Task.encode`; also a row whose target nothing stands before, unless `prompt` has
-            virtual tokens to predict it from; a token beyond the `vocab_size` words that the backbone embeds; and an
-            encoded row that is too long.
+            virtual tokens to predict it from; a token beyond the `vocab_size` words that the backbone embeds, or a
+            segment id beyond its `segments` (None takes any); and an encoded row that is too long.
     """
     source_name = name_of(data, name)
     if isinstance(data, EncodedSplit):
@@ -167,6 +191,12 @@ def encode(
             raise InputError(
                 f"{place(source_name, row.index)}: expected token ids below {vocab_size}, the words that the backbone "
                 f"embeds, got {highest}: is the tokenizer the backbone's own?"
+            )
+        segment = max(row.token_type_ids or (), default=0)
+        if segments is not None and segment >= segments:
+            raise InputError(
+                f"{place(source_name, row.index)}: expected segment ids (token_type_ids) below {segments}, those that "
+                f"the backbone embeds, got {segment}: is the tokenizer the backbone's own?"
             )
     if task.backbone_kind != "encoder" and (prompt is None or not isinstance(prompt.lower(), VirtualTokens)):
         for row in split:

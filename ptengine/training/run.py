@@ -122,7 +122,9 @@ class Run:
         self._train_rows = train_rows
         self._eval_rows = eval_rows
         self._step_loss = step_loss
-        self._batches = ShuffledBatches(len(train_rows), plan.config.per_device_train_batch_size, plan.config.seed)
+        self._batches = ShuffledBatches(
+            len(train_rows), plan.config.per_device_train_batch_size, plan.config.seed, objective.least_rows
+        )
         self._best: dict[str, Tensor] = {}
         named = {n: p for n, p in prompt.named_parameters() if p.requires_grad} if prompt is not None else {}
         scales = prompt.learning_rate_factors() if prompt is not None else {}

@@ -21,6 +21,8 @@ import torch
 from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import ClassificationTask, EncodedRow, Task
+from ptengine.data.collation import batch_starts
+from ptengine.data.sources import name_of
 from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError
 from ptengine.files import make_directory
@@ -40,12 +42,14 @@ from ptengine.training.objective import make_objective
 from ptengine.training.optimization import warmup_steps
 from ptengine.training.preparation import (
     DataSource,
+    check_batches,
     check_checkpointing,
     check_head,
     check_places,
     check_prompt,
     encode,
     room_for_text,
+    segments_of,
 )
 from ptengine.training.randomness import Generators, seed_everything
 from ptengine.training.resumption import PROMPT_NAME, Resume, require_exact, starting_point
@@ -170,19 +174,26 @@ class Trainer:
         check_checkpointing(spec, prompt, config.gradient_checkpointing)
         self._check_evaluation(eval_data is not None)
         room = room_for_text(spec, prompt, config.max_length)
-        self._train = encode(
-            task, train_data, tokenizer, prompt, room, config.truncation, "train", spec.vocab_size
-        ).rows
-        self._eval: list[EncodedRow] = (
-            encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval", spec.vocab_size).rows
-            if eval_data is not None
-            else []
+        sizes = (spec.vocab_size, segments_of(spec))
+        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train", *sizes).rows
+        batch_size = config.per_device_train_batch_size
+        check_batches(
+            self._objective, len(self._train), batch_size, name_of(train_data, "train"), "per_device_train_batch_size"
         )
+        self._eval: list[EncodedRow] = []
+        if eval_data is not None:
+            self._eval = encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval", *sizes).rows
+            check_batches(
+                self._objective,
+                len(self._eval),
+                config.per_device_eval_batch_size,
+                name_of(eval_data, "eval"),
+                "per_device_eval_batch_size",
+            )
         if prompt is not None:
             prompt.to(self.device)
-        self._steps_per_epoch = math.ceil(
-            math.ceil(len(self._train) / config.per_device_train_batch_size) / config.gradient_accumulation_steps
-        )
+        batches = len(batch_starts(len(self._train), batch_size, self._objective.least_rows))
+        self._steps_per_epoch = math.ceil(batches / config.gradient_accumulation_steps)
         self._total_steps = (
             config.max_steps
             if config.max_steps != -1

@@ -290,6 +290,9 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     ),
     # The output
     "output folder in use": (lambda b: b.swapped(str(b.out), str(b.folder)), ("--output", "not empty")),
+    # The status was that of a full disk.
+    "too long a name for the output": (lambda b: b.swapped(str(b.out), "a" * 256), ("a name", "aaa", "name too long")),
+    "too long a name for the data": (lambda b: b.train("a" * 256 + ".csv"), ("a name", "aaa.csv'", "name too long")),
     "a file for the output": (lambda b: b.swapped(str(b.out), b.file("f", "x")), ("--output", "no folder")),
     "output below a file": (lambda b: b.swapped(str(b.out), b.file("f", "x") + "/out"), ("directory",)),
     "checkpoint that is none": (lambda b: b.tune("--resume", str(b.folder)), ("checkpoint",)),

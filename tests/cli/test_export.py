@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 from collections.abc import Callable
@@ -11,9 +12,21 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
 
+from ptengine.commands.session import open_prompt
+from ptengine.interop import load_peft
 from ptengine.prompts import load_prompt
+
+from .conftest import BAD, GOOD, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +74,22 @@ def test_export(world: Any, tuned: Path, call: Callable[..., Any], tmp_path: Pat
     torch.testing.assert_close(got, exact, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["peft", "prompt_embeds", "baked"])
+def test_outputs_that_formats_did_not_agree_on(
+    tuned: Path, call: Callable[..., Any], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    result = call("export", "--prompt", tuned, "--format", name, "--output", tmp_path / "link", "--json")
+    assert (result.status, result.err) == (0, "")
+    assert result.json["files"] == sorted(path.name for path in (tmp_path / "empty").iterdir())
+    for output, wanted in (("/proc/x", "a directory to write to"), (str(tmp_path / ("a" * 256)), "a name that")):
+        refused = call("export", "--prompt", tuned, "--format", name, "--output", output)
+        assert refused.status == 2
+        assert refused.err.startswith(f"error: expected {wanted}")
+        assert f", got {output!r}: " in refused.err
+
+
 def test_export_for_people(tuned: Path, call: Callable[..., Any], tmp_path: Path) -> None:
     result = call(
         "export", "--prompt", tuned, "--format", "peft", "--peft-type", "P_TUNING", "--output", tmp_path / "out"
@@ -93,6 +122,58 @@ def test_a_trained_head_is_exported(world: Any, call: Callable[..., Any], tmp_pa
         assert refused.status == 2
         assert "expected a SoftPrompt, got 'prefix'" in refused.err
         assert not (tmp_path / name).exists()
+
+
+ENCODER_TASKS = {
+    "TOKEN_CLS": (AutoModelForTokenClassification, ["--tokens-column", "words"]),
+    "QUESTION_ANS": (AutoModelForQuestionAnswering, ["--question-column", "text"]),
+    "FEATURE_EXTRACTION": (AutoModel, ["--embedding", "--text-pair-column", "answer"]),
+    "FEATURE_EXTRACTION of a masked model": (
+        AutoModelForMaskedLM, ["--template", "{text} {mask}", "--label-words", "good=great,bad=poor"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["soft", "prefix"])
+@pytest.mark.parametrize("task", ENCODER_TASKS)
+def test_peft_is_told_the_task_of_an_encoder(
+    world: Any, call: Callable[..., Any], tmp_path: Path, task: str, method: str
+) -> None:
+    """All were written for SEQ_CLS, or refused because they are not."""
+    peft = pytest.importorskip("peft", reason="needs peft")
+    rows = [
+        {
+            "text": f"it was {word}", "words": ["it", "was", word], "tags": ["out", "out", "in"],
+            "context": f"film {word}", "answer": word, "label": "good" if word in GOOD else "bad",
+        }
+        for word in GOOD + BAD
+    ]  # fmt: skip
+    data, output = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "tuned"
+    auto, options = ENCODER_TASKS[task]
+    folder = world.masked if "masked" in task else world.bert
+    tuned = call(
+        "tune", "--model", folder, "--train", data, "--method", method, "--output", output, "--num-virtual-tokens",
+        "3", "--max-steps", "2", "--disable-tqdm", *options,
+    )  # fmt: skip
+    assert tuned.status == 0, tuned.err
+    result = call("export", "--prompt", output, "--format", "peft", "--output", tmp_path / "out")
+    assert (result.status, result.err) == (0, "")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["task_type"] == task.split()[0]
+    session = open_prompt(argparse.Namespace(prompt=str(output), model=None, tokenizer=None, dtype=None, device=None))
+    ids = session.tokenizer("it was great [MASK]", return_tensors="pt")["input_ids"]
+    stock = auto.from_pretrained(folder)
+    wrapped = peft.PeftModel.from_pretrained(stock, tmp_path / "out").eval()
+    session.model.eval()
+    with torch.no_grad():
+        bare = session.model(ids).to_tuple()[0]
+        with session.prompt.attached(session.model):
+            ours = session.model(ids).to_tuple()[0]
+        theirs = wrapped(input_ids=ids, attention_mask=torch.ones_like(ids)).to_tuple()[0]
+    torch.testing.assert_close(theirs[:, -ids.shape[1] :], ours, rtol=0, atol=1e-6)
+    assert not torch.equal(ours, bare)
+    again = load_peft(tmp_path / "out", session.model)
+    assert all(torch.equal(one, two) for one, two in zip(again.parameters(), session.prompt.parameters(), strict=True))
 
 
 def test_an_adapter_is_exported_for_peft(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:

@@ -56,3 +56,16 @@ def test_operations_are_reached_by_attributes(tmp_path: Path) -> None:
     """In an editable install `ptengine.kernels` was importable but no attribute of `ptengine`."""
     code = "import ptengine.kernels.dispatch; print(ptengine.kernels.dispatch.BACKENDS)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
+
+
+def test_modules_are_reached_by_attributes(tmp_path: Path) -> None:
+    """README speaks of `ptengine.training.evaluate`, which was no attribute until something had imported it."""
+    code = """
+import sys, ptengine
+assert not {"torch", "transformers", "datasets"} & set(sys.modules)
+for name in ("assets", "backbone", "data", "errors", "interop", "kernels", "prompts", "training", "transfer"):
+    assert name in dir(ptengine), name
+    getattr(ptengine, name)
+print(ptengine.training.evaluate, ptengine.transfer.carry_prompt)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,22 @@ def test_token_classification(world: Any, call: Callable[..., Any], tmp_path: Pa
     assert (refused.status, "expected --data with a list of words in column 'tokens'" in refused.err) == (2, True)
     asked = ("bank", "add", "--bank", tmp_path / "bank", "--name", "t", "--prompt", output, "--data", data, "--json")
     assert call(*asked).json["entry"]["domain_texts"] == len(rows)
+
+
+def test_words_without_a_label(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """-100 became a label that the head learned."""
+    rows = [{"tokens": ["it", "was", word], "tags": [-100, 0, 1]} for word in GOOD + BAD]
+    data, output = write_rows(tmp_path / "words.jsonl", rows), tmp_path / "out"
+    tuned = call(
+        "tune", "--model", world.bert, "--train", data, "--test", data, "--tokens-column", "tokens", "--max-steps", "2",
+        "--num-virtual-tokens", "3", "--disable-tqdm", "--output", output, "--json",
+    )  # fmt: skip
+    assert (tuned.status, tuned.err) == (0, "")
+    assert json.loads((output / "task.json").read_text())["task"]["labels"] == ["0", "1"]
+    judged = call("eval", "--prompt", output, "--data", data, "--json")
+    assert judged.json["metrics"] == tuned.json["test"]["metrics"]
+    [text, *_] = call("generate", "--prompt", output, "--data", data, "--json").json["texts"]
+    assert len(text.split()) == 3
 
 
 @pytest.mark.parametrize("model", ["bert", "masked"])  # the latter has no pooler, which nothing reads

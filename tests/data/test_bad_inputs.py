@@ -8,8 +8,10 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from ptengine.data import (
@@ -40,6 +42,7 @@ def refused(action: Callable[[], object], *parts: str) -> None:
 
 FILES = {
     "empty.jsonl": (b"", ["at least one row"]),
+    "bom_only.csv": (b"\xef\xbb\xbf\n", ["at least one row"]),  # a traceback
     "blank.csv": (b"\n  \n", ["at least one row"]),
     "empty.parquet": (b"", ["at least one row"]),
     "header_only.csv": (b"text,label\n", ["at least one row"]),
@@ -70,6 +73,23 @@ FILES = {
     "rows.tsv": (b"text\tlabel\na\tb\n", [".csv, .json, .jsonl, .parquet", "'.tsv'"]),
     "rows": (b"text\n", [".csv", "''"]),
 }
+
+
+TABLES = {
+    "no rows": (pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), ["expected at least one row, got none"]),
+    "no columns": (pyarrow.table({}), ["expected at least one row, got none"]),
+    "a name twice": (
+        pyarrow.Table.from_arrays([["a"], ["b"], ["c"]], names=["text", "label", "text"]), ["different names", "'text'"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_parquet_was_blamed_for_what_is_in_it(tmp_path: Path, case: str) -> None:
+    table, parts = TABLES[case]
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(table, path)
+    refused(lambda: load_rows(path), str(path), *parts)
 
 
 @pytest.mark.parametrize("name", FILES)

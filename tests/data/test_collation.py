@@ -87,6 +87,16 @@ def test_resumes_with_exactly_the_next_batch(num_rows: int, batch_size: int, see
     assert resumed.state_dict() == batches.state_dict()
 
 
+@given(st.integers(2, 40), st.integers(2, 45), st.integers(0, 2**31))
+def test_no_row_by_itself_where_two_are_needed(num_rows: int, batch_size: int, seed: int) -> None:
+    alone, joined = ShuffledBatches(num_rows, batch_size, seed), ShuffledBatches(num_rows, batch_size, seed, least=2)
+    for _ in range(2):
+        before, after = ([next(one).rows for _ in range(one.batches_per_epoch)] for one in (alone, joined))
+        if len(before[-1]) == 1:
+            before[-2:] = [before[-2] + before[-1]]
+        assert after == before
+
+
 @given(st.integers(1, 40), st.integers(1, 45), st.integers(0, 2**31))
 def test_every_row_once_per_epoch(num_rows: int, batch_size: int, seed: int) -> None:
     batches = ShuffledBatches(num_rows, batch_size, seed)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -12,8 +13,10 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow
 import pytest
 from datasets import Dataset
+from pyarrow import parquet
 
 from ptengine.data import check_columns, load_rows, named_rows
 from ptengine.errors import InputError
@@ -70,6 +73,48 @@ def test_csv_cells_are_text_as_written(tmp_path: Path) -> None:
         "text": ["null", None, "None"],
         "label": ["01", "true", None],
     }
+
+
+def test_csv_lines_of_blanks_are_cells(tmp_path: Path) -> None:
+    """They were dropped, so that answers no longer lay beside their rows; lines of nothing are no rows."""
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'\r\ntext\r\nb\r\n  \r\n\r\n""\r\n"c\r\n\r\nd"\r\n\t\r\n\r\n')
+    assert load_rows(path)["text"][:] == ["b", "  ", None, "c\r\n\r\nd", "\t"]
+    path.write_text("text,label\n \na,b\n\n")
+    assert load_rows(path).to_list() == [{"text": " ", "label": None}, {"text": "a", "label": "b"}]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pyarrow.map_(pyarrow.string(), pyarrow.int32()),
+        pyarrow.list_view(pyarrow.int32()),
+        pyarrow.struct([("a", pyarrow.list_(pyarrow.map_(pyarrow.string(), pyarrow.int32())))]),
+    ],
+    ids=str,
+)
+def test_a_parquet_column_of_a_type_that_datasets_does_not_know(tmp_path: Path, kind: pyarrow.DataType) -> None:
+    """It made the whole file unreadable, and was not named; the features of the others stay."""
+    path = tmp_path / "a.parquet"
+    dataset = Dataset.from_list(ROWS).cast_column("label", datasets.ClassLabel(names=["ham", "spam"]))
+    table = dataset.data.table.append_column("odd", pyarrow.nulls(len(ROWS), kind))
+    parquet.write_table(table, path)
+    written = parquet.read_schema(path).field("odd").type
+    with pytest.warns(UserWarning, match=re.escape(f"{path}: left out 'odd' of type {written}, which")):
+        rows = load_rows(path)
+    assert rows.features == dataset.features
+    assert rows.to_list() == dataset.to_list()
+    parquet.write_table(table.select(["odd"]), path)
+    with pytest.raises(InputError, match="expected a column of a type that datasets knows, got 'odd' of type "):
+        load_rows(path)
+
+
+def test_parquet_whose_first_group_of_rows_is_empty(tmp_path: Path) -> None:
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    with parquet.ParquetWriter(tmp_path / "a.parquet", schema) as file:
+        for texts in ([], ["a", "b"]):
+            file.write_table(pyarrow.table({"text": texts}, schema=schema))
+    assert load_rows(tmp_path / "a.parquet").to_list() == [{"text": "a"}, {"text": "b"}]
 
 
 def test_json_strings_that_look_like_dates_stay_text(tmp_path: Path) -> None:

@@ -46,6 +46,17 @@ def test_numbers_of_a_label_column_stand_for_its_names(bert: Any) -> None:
     assert TASK.encode(rows, bert, max_tokens=9)[0].labels == [-100, 1, 0, -100]
 
 
+def test_words_without_a_label(bert: Any) -> None:
+    """-100 was refused, or a label of its own."""
+    task = TokenClassificationTask(labels=("0", "1"))
+    [row] = task.encode(data(["Bob", "met", "film"], [1, -100, 0]), bert, max_tokens=9)
+    assert row.labels == [-100, 1, -100, 0, -100]
+    with pytest.raises(InputError, match=r"row 0 .*a label other than -100 within 9 tokens in column 'tags', got none"):
+        task.encode(data(["Bob", "met"], [-100, -100]), bert, max_tokens=9)
+    with pytest.raises(InputError, match="a label other than -100 within 3 tokens"):
+        task.encode(data(["Bob", "met"], [-100, 1]), bert, max_tokens=3, truncation=True)
+
+
 def test_json_round_trip() -> None:
     assert task_from_json(json.loads(json.dumps(task_to_json(TASK)))) == TASK
 

@@ -391,8 +391,8 @@ def test_bad_exports_are_refused_and_write_nothing(tmp_path):
     soft = prompt_for(model, "soft")
     cases: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
         (torch.zeros(4, 32), (), {}, "the prompts PEFT has a form for, got 'Tensor'"),
-        (soft, (), {"task_type": "SEQ_2_SEQ_LM"}, "CAUSAL_LM, .*, QUESTION_ANS, got 'SEQ_2_SEQ_LM'"),
-        (prompt_for(bert, "soft"), (), {"task_type": "CAUSAL_LM"}, "or QUESTION_ANS for the encoder 'bert'"),
+        (soft, (), {"task_type": "SEQ_2_SEQ_LM"}, "CAUSAL_LM, .*, FEATURE_EXTRACTION, got 'SEQ_2_SEQ_LM'"),
+        (prompt_for(bert, "soft"), (), {"task_type": "CAUSAL_LM"}, "SEQ_CLS, .* for the encoder 'bert'"),
         (prompt_for(bert, "soft"), (), {}, "SEQ_CLS needs model"),
         (soft, (bert,), {}, "expected model_type 'gpt2', got 'bert'"),
         (soft, (model,), {"task_type": "SEQ_CLS"}, "head named classifier or score for SEQ_CLS, got GPT2LMHeadModel"),

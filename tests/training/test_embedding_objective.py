@@ -93,3 +93,36 @@ def test_it_trains_the_prompt_alone(tiny: ModuleType, tmp_path: Path, method: st
 def test_one_kind_of_pairs_cannot_be_told_apart(tiny: ModuleType) -> None:
     with pytest.raises(InputError, match="pairs that match and pairs that do not"):
         evaluate(tiny.bert(BertModel), None, LABELLED, rows(tiny)[:5], tiny.tokenizer(special=True))
+
+
+def test_a_text_without_others_in_its_batch(tiny: ModuleType, tmp_path: Path) -> None:
+    """Its loss and gradient are zero: the run took its steps and learned nothing."""
+    model, tokens, data = tiny.bert(BertModel), tiny.tokenizer(special=True), rows(tiny)
+    prompt = tiny.soft(model)
+    least = "of at least 2, since texts find their pairs among the others of a batch, got 1"
+    refused: dict[str, dict[str, Any]] = {
+        f"per_device_train_batch_size {least}": {"per_device_train_batch_size": 1},
+        f"per_device_eval_batch_size {least}": {"per_device_eval_batch_size": 1},
+        "train: expected at least 2 rows, since": {"train": data[:1]},
+        "eval: expected at least 2 rows, since": {"evaluation": data[:1]},
+    }
+    for message, changes in refused.items():
+        options = {"train": data, "evaluation": data, **changes}
+        with pytest.raises(InputError, match=message):
+            tiny.trainer(tmp_path / "out", model, prompt, PLAIN, tokens=tokens, **options)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match=f"batch_size {least}"):
+        evaluate(model, prompt, PLAIN, data, tokens, batch_size=1)
+
+
+def test_the_last_text_of_an_epoch_is_not_left_alone(tiny: ModuleType, tmp_path: Path) -> None:
+    """Its step had loss 0, and an evaluation counted it as found."""
+    model, tokens, data = tiny.bert(BertModel), tiny.tokenizer(special=True), rows(tiny)[:7]
+    result = tiny.trainer(
+        tmp_path, model, tiny.soft(model), PLAIN, data, tokens=tokens, max_steps=-1, num_train_epochs=2
+    ).fit()  # batches of 3 and 4
+    assert len(result.losses) == 4
+    assert min(result.losses) > 0
+    ends = [evaluate(model, None, PLAIN, part, tokens, batch_size=8).metrics["loss"] for part in (data[:3], data[3:])]
+    whole = evaluate(model, None, PLAIN, data, tokens, batch_size=3).metrics["loss"]
+    assert whole == pytest.approx((3 * ends[0] + 4 * ends[1]) / 7)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
+from ptengine.data import SequenceClassificationTask
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt
 from ptengine.training import Trainer, TrainingConfig, evaluate, load_head
@@ -30,9 +32,20 @@ def _frozen_prompt(tiny: ModuleType) -> Any:
 
 
 def _three_labels(tiny: ModuleType) -> Any:
-    from ptengine.data import SequenceClassificationTask
-
     return SequenceClassificationTask(labels=("neg", "pos", "none"))
+
+
+def _pairs_in_one_segment(tiny: ModuleType) -> dict[str, Any]:
+    """A model with segments of one kind, as RoBERTa is, and a tokenizer that tells a pair's texts apart."""
+    model, tokens = tiny.bert(), tiny.tokenizer(special=True)
+    model.bert.embeddings.token_type_embeddings = torch.nn.Embedding(1, 16)
+    model.config.type_vocab_size = 1
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A", pair="$A $B:1", special_tokens=[]
+    )
+    tokens.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    task = SequenceClassificationTask(text_pair_column="target", labels=("neg", "pos"))
+    return {"model": model, "tokens": tokens, "task": task}
 
 
 def _larger_tokenizer(tiny: ModuleType) -> Any:
@@ -87,6 +100,8 @@ BAD: dict[str, Callable[[ModuleType], dict[str, Any]]] = {
         "tokens": _larger_tokenizer(tiny),
         "train": [{"text": "novel", "label": "neg"}],
     },
+    r"train, row 0 .*expected segment ids \(token_type_ids\) below 1, .*got 1: is the tok": _pairs_in_one_segment,
+    "expected bf16=False with a model in float16": lambda tiny: {"model": tiny.gpt2().half(), "bf16": True},
     "expected warmup_steps of at most the run's 14 steps, got 15": lambda tiny: {
         "max_steps": -1,
         "num_train_epochs": 2,
@@ -100,6 +115,11 @@ def test_bad_input_is_one_error_before_anything_is_written(tiny: ModuleType, tmp
     with pytest.raises(InputError, match=message):
         tiny.trainer(tmp_path / "out", **BAD[message](tiny))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_of_an_impossible_name_was_a_value_error(tiny: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"expected a directory to write to, got .*: embedded null byte"):
+        tiny.trainer(tmp_path / "a\0b").fit()
 
 
 def test_a_missing_tokenizer_was_a_type_error(tiny: ModuleType, tmp_path: Path) -> None:
