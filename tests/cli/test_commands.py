@@ -429,7 +429,7 @@ def test_doctor_says_whose_tiles_an_unknown_gpu_takes() -> None:
     from ptengine.commands.doctor import tile_report
 
     assert tile_report("sm_120")[0] == (
-        "prefix_attention on sm_120: tiles those of sm_100, the nearest, since the table has none of its own"
+        "prefix_attention on sm_120: tiles those of sm_80, the nearest, since the table has none of its own"
     )
     assert "linear_cross_entropy on sm_90: tiles its own" in tile_report("sm_90")
 
@@ -465,3 +465,23 @@ places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations
 assert not any(pathlib.Path(place).is_relative_to(root) for place in places if place), places
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": ""})
+
+
+def test_texts_of_a_classification_prompt_named_internals(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """The error was "expected a GenerationTask with generate=True", and the command line has neither."""
+    call(*world.tune(tmp_path / "out"))
+    done = call("eval", "--prompt", tmp_path / "out", "--data", world.test, "--write-texts")
+    assert done.status == 2
+    assert done.err == "error: expected --write-texts with a prompt that writes texts, got one for classification\n"
+
+
+def test_a_demo_that_cannot_write_failed_after_the_baselines(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        pytest.fail("a model was loaded")
+
+    monkeypatch.setattr("ptengine.commands.loading.load_model", loaded)
+    (tmp_path / "file").write_text("")
+    done = call("demo", "--output", tmp_path / "file" / "x")
+    assert (done.status, "expected a directory to write to" in done.err) == (2, True), done.err
