@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ptengine.commands import Outcome
 from ptengine.commands.options import (
     add_model_arguments,
-    check_output,
     choice,
     number,
     seed,
@@ -250,7 +249,12 @@ def _check_carry(args: argparse.Namespace) -> None:
         for name in ("data", "projector"):
             if training[name] is None:
                 raise InputError(f"expected --{name} with --method projector, got none")
-        check_output(Path(args.projector), False)
+        folder = Path(args.projector)
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(
+                f"expected --projector, a new or empty folder, got {args.projector!r}, which is "
+                f"{'not empty; name another one' if folder.is_dir() else 'no folder'}"
+            )
         return
     given = [name for name, value in training.items() if value is not None] + ["truncation"] * args.truncation
     if given:

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
     started = time.perf_counter()
     settings = DEMOS[args.task]
-    output = _output(args.output, args.task)
+    output = make_directory(_output(args.output, args.task))
     config = TrainingConfig(output_dir=str(output), seed=args.seed, **settings.training, **settings.constant)
     task = _make_task(settings)
     device = pick_device(None)
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> Outcome:
     table = _baselines(train, test) if settings.label_words is not None else {}
     table["frozen model, hard prompt only"] = _judge(settings, model, None, task, test, tokenizer)
     _say(f"3/4 tuning a {settings.method} of {prompt.num_virtual_tokens} virtual tokens, the model stays frozen")
-    Recipe(task, None, None, "float32", model_fingerprint(model, task)).write(make_directory(output))
+    Recipe(task, None, None, "float32", model_fingerprint(model, task)).write(output)
     result = trainer.fit()
     _say("4/4 the tuned prompt on the test split")
     table["tuned prompt"] = _judge(settings, model, prompt, task, test, tokenizer)

@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
+    from ptengine.data import GenerationTask
     from ptengine.data.tasks import trains_head
     from ptengine.training import evaluate
 
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace) -> Outcome:
         raise InputError("expected a task with a template for --hard-prompt-only, got one with a trained head")
     if args.predictions is not None and session.task.kind in ("generation", "seq2seq") and not args.write_texts:
         raise InputError("expected --write-texts with --predictions for a generation task, got --predictions alone")
+    if args.write_texts and not isinstance(session.task, GenerationTask):
+        raise InputError(f"expected --write-texts with a prompt that writes texts, got one for {session.task.kind}")
     weights: dict[str, float] = {}
     if args.ensemble:
         result, weights = _ensemble(args, session)

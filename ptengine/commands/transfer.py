@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -41,6 +42,8 @@ EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train
 
 METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
 INITS = {"soft": "sampled_vocab", "prefix": "random"}
+
+_MOST_BYTES = 220  # of 255 in the name of a file, which has "source-" and a temporary name's parts besides
 
 _SET_HERE = (
     "output_dir", "max_steps", "num_train_epochs", "logging_steps", "disable_tqdm", "eval_strategy", "eval_steps",
@@ -179,12 +182,15 @@ def run(args: argparse.Namespace) -> Outcome:
         output_dir=args.output, max_steps=args.steps, logging_steps=50, disable_tqdm=True, **config_options(args)
     )
     bank = _bank(args)
-    settings = _settings(args, training.seed)
+    settings = _settings(args, training.seed)  # refuses before a model is loaded
     task = labelled_task(args, args.target)
     source_task = _source_task(args, task)
     sources = _sources(args.source)
     device, dtype = pick_device(args.device), args.dtype or "float32"
     tokenizer, model = load_tokenizer(args.tokenizer, args.model), load_model(args.model, device, dtype, task)
+    if bank is not None:
+        _like_the_bank(args, bank, model, tokenizer, task)
+        settings = _settings(args, training.seed)
     result = run_flow(
         model, tokenizer, sources=sources, target=args.target, test=args.test, task=task, source_task=source_task,
         unlabelled=args.unlabelled, bank=bank, settings=settings, training=training,
@@ -215,26 +221,31 @@ def _source_task(args: argparse.Namespace, task: LabelledTask) -> LabelledTask:
 
 
 def _bank(args: argparse.Namespace) -> PromptBank | None:
-    """The bank, if one is named; method and length are those of its first prompt where they are not given."""
+    """The bank, if one is named."""
     from ptengine.transfer import PromptBank
 
-    bank = None
     if not args.source and args.bank is None:
         raise InputError("expected --source or --bank to transfer from, got neither")
-    if args.bank is not None:
-        if not Path(args.bank).is_dir():
-            raise InputError(f"expected --bank, the folder of a prompt bank, got {args.bank!r}, which is no folder")
-        bank = PromptBank(args.bank)
-        short = {long: name for name, long in METHODS.items()}
-        known = [entry.card for entry in bank.list() if entry.card.method in short]
-        if known:
-            args.method = args.method or short[known[0].method]
-            alike = [card for card in known if card.method == METHODS[args.method]]
-            if args.num_virtual_tokens is None and alike:
-                args.num_virtual_tokens = alike[0].num_virtual_tokens
-    args.method = args.method or "soft"
-    args.num_virtual_tokens = args.num_virtual_tokens or 20
-    return bank
+    if args.bank is None:
+        return None
+    if not Path(args.bank).is_dir():
+        raise InputError(f"expected --bank, the folder of a prompt bank, got {args.bank!r}, which is no folder")
+    return PromptBank(args.bank)
+
+
+def _like_the_bank(args: argparse.Namespace, bank: PromptBank, model: Any, tokenizer: Any, task: LabelledTask) -> None:
+    """Where they are not given, method and length are those of the bank's first prompt that can be a source."""
+    from ptengine.transfer.identity import identify
+
+    present = identify(model, tokenizer)
+    short = {long: name for name, long in METHODS.items()}
+    cards = [entry.card for entry in bank.list() if entry.card.method in short]
+    for card in cards:
+        method = args.method or short[card.method]
+        if short[card.method] == method and card.refusal(present, task) is None:
+            args.method = method
+            args.num_virtual_tokens = args.num_virtual_tokens or card.num_virtual_tokens
+            return
 
 
 def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
@@ -256,10 +267,11 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
             raise InputError(f"expected --self-train with --{name}, got --{name} alone")
     if args.distill is None and args.distill_similarity is not None:
         raise InputError("expected --distill with --distill-similarity, got --distill-similarity alone")
+    method = args.method or "soft"
     return FlowSettings(
-        method=METHODS[args.method],
-        num_virtual_tokens=args.num_virtual_tokens,
-        init=INITS[args.method],
+        method=METHODS[method],
+        num_virtual_tokens=args.num_virtual_tokens or 20,
+        init=INITS[method],
         shots=args.shots,
         test_rows=args.test_rows,
         source_steps=args.source_steps,
@@ -287,7 +299,7 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
                 views=None if args.consistency is None else Augmentation(args.consistency, seed=seed),
             ),
         ),
-        guard=Guard(folds=args.folds, scratch_rates=rates, scratch_init=INITS[args.method]),
+        guard=Guard(folds=args.folds, scratch_rates=rates, scratch_init=INITS[method]),
     )
 
 
@@ -296,11 +308,12 @@ def _sources(given: list[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     for entry in given:
         name, equals, path = entry.partition("=")
-        if not equals or Path(entry).exists():
+        if not equals or os.path.exists(entry):  # which takes a name of any length, unlike that of Path
             name, path = _stem(entry), entry
-        if not re.fullmatch(r"\w[\w.-]{0,79}", name):
+        if not re.fullmatch(r"\w[\w.-]{0,79}", name) or len(name.encode()) > _MOST_BYTES:
             raise InputError(
-                f"expected --source NAME=FILE with a name of letters, digits, '_', '-' or '.', got the name {name!r}"
+                f"expected --source NAME=FILE with a name of at most 80 letters, digits, '_', '-' or '.' and "
+                f"{_MOST_BYTES} bytes in UTF-8, got the name {name!r}"
             )
         if name in sources:
             raise InputError(f"expected --source files of different names (NAME=FILE gives one), got {name!r} twice")

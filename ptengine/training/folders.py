@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ptengine.errors import InputError
-from ptengine.files import sync_directory, write_atomic
+from ptengine.files import TEMPORARY_PREFIX, sync_directory, write_atomic
 
 __all__ = ["clean_leftovers", "copy_folder", "exclusive", "write_folder"]
 
-_NEW, _OLD = ".tmp-", ".old-"
+_NEW, _OLD = TEMPORARY_PREFIX, ".old-"
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> Path:
@@ -58,11 +58,14 @@ def copy_folder(source: Path, path: Path) -> Path:
 
 
 def clean_leftovers(folder: Path) -> None:
-    """Remove what a killed run left half written in `folder`, and bring back what it had moved aside.
+    """Remove what a killed run left half written in `folder`, files too, and bring back what it had moved aside.
 
-    Only to be called while the folder is held with `exclusive`.
+    Only to be called while the folder, or the one it belongs to, is held with `exclusive`: a temporary file of a run
+    that lives would go, too.
     """
     for entry in sorted(folder.iterdir()):
+        if entry.is_file() and entry.name.startswith(TEMPORARY_PREFIX):
+            entry.unlink()
         if not entry.is_dir() or not entry.name.startswith((_NEW, _OLD)):
             continue
         final = folder / entry.name.removeprefix(_OLD).rpartition("-")[0]

@@ -1,6 +1,6 @@
 """Prompts as vectors: averages and task-vector sums of what was trained.
 
-Works on folded prompts of one method, shape and backbone, number by number in fp64. Knows no bank and no training.
+Works on folded prompts of one form and backbone, number by number in fp64. Knows no bank and no training.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 from ptengine.backbone.spec import backbone_spec
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
-from ptengine.prompts.headed import HeadedPrompt
+from ptengine.prompts.headed import HeadedPrompt, without_head
 from ptengine.prompts.registry import create, prompt_class
+from ptengine.prompts.reparametrized import Parametrized
 
 __all__ = ["add_task_vectors", "form_of", "start_from", "weighted_mean"]
 
@@ -74,8 +75,15 @@ def start_from(model: Any, prompt: Prompt) -> Prompt:
 
 
 def form_of(prompt: Prompt) -> dict[str, Any]:
-    """The method of a folded prompt and the shapes of its numbers: what two prompts need in common to be added."""
-    return {"method": prompt.method, **{name: list(tensor.shape) for name, tensor in prompt.state_dict().items()}}
+    """What two folded prompts need in common to be added: the method, the settings that say what its numbers mean, the
+    labels of a head, and the shapes."""
+    form: dict[str, Any] = {"method": prompt.method}
+    if isinstance(prompt, HeadedPrompt):
+        form |= {"prompt": prompt.prompt.method, "labels": list(prompt.labels)}
+    inner = without_head(prompt)
+    if isinstance(inner, Parametrized):
+        form |= {name: value for name, value in inner.settings.items() if not name.endswith("_rate_factor")}
+    return form | {name: list(tensor.shape) for name, tensor in prompt.state_dict().items()}
 
 
 def _same_form(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -86,7 +94,9 @@ def _same_form(prompts: Sequence[Prompt]) -> list[Prompt]:
     for prompt, form in zip(folded, forms, strict=True):
         folded[0].facts.require_same(prompt.facts, "the first prompt to combine")
         if form != forms[0]:
-            raise InputError(f"expected prompts of one method and shape to combine, got {forms[0]} and {form}")
+            raise InputError(
+                f"expected prompts of one method and shape, settings and labels to combine, got {forms[0]} and {form}"
+            )
     return folded
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -41,7 +42,7 @@ from ptengine.transfer.arithmetic import form_of
 from ptengine.transfer.cards import PromptCard, checked_metrics, data_facts
 from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_texts, text_embeddings
 from ptengine.transfer.identity import BackboneIdentity, identify
-from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity, shot_metrics
+from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity, require_finite, shot_metrics
 
 __all__ = ["BankEntry", "Match", "PromptBank", "Search", "check_name"]
 
@@ -50,12 +51,15 @@ INITIAL_NAME = "initial"
 DOMAIN_NAME = "domain.safetensors"
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
+_MOST_BYTES = 240  # of 255 in the name of a folder, whose temporary one has some more
 
 
 def check_name(name: Any) -> None:
-    """Raise `InputError` where no entry can be called `name`."""
+    """Raise `InputError` where no entry, or source of a transfer, can be called `name`."""
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise InputError(f"expected a name of at most 80 letters, digits, '_', '-' or '.', got {name!r}")
+    if len(name.encode()) > _MOST_BYTES:
+        raise InputError(f"expected a name of at most {_MOST_BYTES} bytes in UTF-8, got {len(name.encode())}: {name!r}")
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,8 @@ class Search:
     """Attributes:
     measure: what `matches` are ordered by.
     matches: best first.
-    refused: name to reason of the entries that could not be asked: of another backbone, method or start, or damaged.
+    refused: name to reason of the entries that could not be asked: of another backbone, method or start, damaged, or
+        with numbers or a score that are not finite.
     """
 
     measure: str
@@ -171,7 +176,7 @@ class PromptBank:
         """Save `prompt`, folded, with a card.
 
         Args:
-            name: of the entry: letters (of any script), digits, ``_``, ``-`` and ``.``, at most 80.
+            name: of the entry: letters (of any script), digits, ``_``, ``-`` and ``.``, at most 80, and 240 bytes.
             prompt: the tuned prompt; of a task with a trained head a `HeadedPrompt`.
             model, tokenizer: what it was tuned with; recorded by content.
             task: what it was tuned for.
@@ -184,8 +189,8 @@ class PromptBank:
             replace: put it in the place of an entry of that name.
 
         Raises:
-            InputError: the name is taken or none; the prompt is of another backbone; `initial` is of another method or
-                shape; a metric is not finite; the bank cannot be written.
+            InputError: the name is taken or none; the prompt is of another backbone; `initial` is of another method,
+                shape or settings; a number of the two or a metric is not finite; the bank cannot be written.
         """
         check_name(name)
         where = self.path / name
@@ -201,6 +206,9 @@ class PromptBank:
         start = None if initial is None else initial.fold()
         if start is not None and form_of(start) != form_of(folded):
             raise InputError(f"expected an initial prompt of the form {form_of(folded)}, got {form_of(start)}")
+        for one in (folded, start):
+            if one is not None:
+                require_finite(one)
         domain = None
         if data is not None and backbone_spec(model).kind != "seq2seq":
             domain = text_embeddings(model, tokenizer, domain_texts(data, task))
@@ -308,7 +316,8 @@ class PromptBank:
             options: of `ptengine.training.evaluate`, for ``"shot_loss"``.
 
         Raises:
-            InputError: an empty bank, an unknown measure, or one without what it needs.
+            InputError: an empty bank, an unknown measure, or one without what it needs; `prompt` is not of finite
+                numbers.
         """
         needs: dict[str, dict[str, Any]] = {name: {"prompt": prompt} for name in PROMPT_MEASURES}
         needs |= {name: {"task": task, "shots": shots} for name in ("shot_loss", *DOMAIN_MEASURES)}
@@ -320,6 +329,8 @@ class PromptBank:
         entries = [entry for entry in self.list() if entry.name not in exclude]
         if not entries:
             raise InputError(f"expected a bank with prompts to search, got {str(self.path)!r} with none")
+        if prompt is not None:
+            require_finite(prompt)
         present = identify(model, tokenizer)
         wanted = None
         if measure in DOMAIN_MEASURES:
@@ -337,19 +348,24 @@ class PromptBank:
                 assert shots is not None
                 try:
                     candidate = load_prompt(entry.path, model)
+                    require_finite(candidate)
                 except InputError as error:
                     refused[entry.name] = str(error)
                     continue
                 # What it raises lies in the shots or the options, and holds for every entry.
                 details = shot_metrics(model, tokenizer, task, shots, candidate, **options)
-                matches.append(Match(entry, details["loss"], details))
+                if math.isfinite(details["loss"]):
+                    matches.append(Match(entry, details["loss"], details))
+                else:
+                    refused[entry.name] = f"its loss on the shots is {details['loss']}"
                 continue
             try:
+                banked, start = entry.read()
+                require_finite(banked)
                 if wanted is not None:
                     matches.append(Match(entry, domain_distance(measure, wanted, entry.domain()), {}))
                     continue
                 assert prompt is not None
-                banked, start = entry.read()
                 matches.append(Match(entry, prompt_similarity(measure, prompt, banked, initial, start), {}))
             except InputError as error:
                 refused[entry.name] = str(error)

@@ -137,8 +137,8 @@ class PromptCard:
             raise InputError(f"{where}: expected a prompt's card of format version {CARD_VERSION}, got another value")
         value = {"domain_texts": 0, **value}  # cards of before have none
         for name, kind in _FIELDS.items():
-            if not isinstance(value.get(name), kind):
-                raise InputError(f"{where}: expected {name!r} on the card, got {value.get(name)!r}")
+            if name not in value or not isinstance(value[name], kind):
+                raise InputError(f"{where}: expected {name!r} on the card, got {value.get(name, 'no such key')!r}")
         backbone, data = value["backbone"], value["data"]
         for name in ("fingerprint", "dtype", "tokenizer"):
             if not isinstance(backbone.get(name), str):

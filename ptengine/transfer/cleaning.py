@@ -10,8 +10,9 @@ from __future__ import annotations
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from typing import Any
 
 from ptengine.data import check_columns, load_rows, named_rows
@@ -130,6 +131,7 @@ def clean(
     label_column: str | None = None,
     settings: Cleaning | None = None,
     apart_from: Sequence[Mapping[str, Any]] = (),
+    apart_columns: Sequence[str] | None = None,
     name: str = "data",
 ) -> Cleaned:
     """Clean rows by `settings`.
@@ -140,7 +142,9 @@ def clean(
         label_column: the column of the label, for classification; a row without one is dropped.
         settings: None means the defaults of `Cleaning`.
         apart_from: rows that must not be among those kept, such as the test set's; compared as duplicates are, by their
-            texts without regard to case and white space.
+            texts without regard to case and white space, but in any order of the columns. Where one side has fewer
+            columns, all its texts among those of the other make the two the same.
+        apart_columns: the text columns of `apart_from`; None where they are called `text_columns`, too.
         name: what the report and errors call data that has no file name.
 
     Raises:
@@ -160,7 +164,7 @@ def clean(
     kept = work.complete(raw)
     kept = work.capped(kept)
     kept = work.distinct(kept)
-    kept = work.apart(kept, {text_key(row, text_columns) for row in apart_from})
+    kept = work.apart(kept, apart_from, text_columns if apart_columns is None else apart_columns)
     kept = work.balanced(kept)
     if not kept:
         why = ", ".join(f"{reason} ({count})" for reason, count in work.dropped.items())
@@ -185,6 +189,11 @@ def text_key(row: Mapping[str, Any], text_columns: Sequence[str]) -> tuple[str, 
     return tuple(
         "".join(unicodedata.normalize("NFKC", str(row.get(column, ""))).casefold().split()) for column in text_columns
     )
+
+
+def _parts(row: Mapping[str, Any], columns: Sequence[str], count: int) -> Iterator[tuple[str, ...]]:
+    """Every `count` of a row's texts, as `text_key` has them, without regard to their order."""
+    return combinations(sorted(text_key(row, columns)), count)
 
 
 class _Work:
@@ -255,10 +264,14 @@ class _Work:
                 kept.append((index, row))
         return kept
 
-    def apart(self, rows: Sequence[tuple[int, Row]], others: set[tuple[str, ...]]) -> list[tuple[int, Row]]:
+    def apart(
+        self, rows: Sequence[tuple[int, Row]], others: Sequence[Mapping[str, Any]], columns: Sequence[str]
+    ) -> list[tuple[int, Row]]:
+        fewest = min(len(self.texts), len(columns))
+        taken = {part for other in others for part in _parts(other, columns, fewest)}
         kept = []
         for index, row in rows:
-            if text_key(row, self.texts) in others:
+            if not taken.isdisjoint(_parts(row, self.texts, fewest)):
                 self.drop(index, "the text is also in the rows to keep apart")
             else:
                 kept.append((index, row))

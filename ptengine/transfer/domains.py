@@ -24,6 +24,7 @@ from ptengine.training.preparation import DataSource
 
 __all__ = [
     "DOMAIN_MEASURES",
+    "LEAST_TEXTS",
     "domain_distance",
     "domain_texts",
     "maximum_mean_discrepancy",
@@ -102,7 +103,9 @@ def maximum_mean_discrepancy(one: Tensor, other: Tensor) -> float:
     """
     a, b = _sides(one, other)
     both = torch.cat([a, b])
-    squares = torch.cdist(both, both).square()  # [n + m, n + m]
+    # By differences: the products that torch takes for many rows leave equal vectors a little apart.
+    distances = torch.cdist(both, both, compute_mode="donot_use_mm_for_euclid_dist")
+    squares = distances.square()  # [n + m, n + m]
     above = squares[torch.ones_like(squares).triu(1).bool()]
     different = above[above > 0]
     if different.numel() == 0:
@@ -132,7 +135,7 @@ def proxy_a_distance(one: Tensor, other: Tensor) -> float:
 
     a, b = _sides(one, other)
     size = min(len(a), len(b))
-    if size < _FOLDS:
+    if size < LEAST_TEXTS["proxy_a_distance"]:
         raise InputError(f"expected at least {_FOLDS} texts on both sides for the proxy A distance, got {size}")
     x = torch.cat([a[:size], b[:size]]).numpy()
     y = np.repeat([0, 1], size)
@@ -143,6 +146,9 @@ def proxy_a_distance(one: Tensor, other: Tensor) -> float:
 
 DOMAIN_MEASURES = ("mmd", "proxy_a_distance")
 """Distances between the texts that prompts were tuned on; a bank keeps embeddings of those."""
+
+LEAST_TEXTS = {"mmd": 1, "proxy_a_distance": _FOLDS}
+"""Texts that a distance of domains needs on both sides."""
 
 _DISTANCES: dict[str, Callable[[Tensor, Tensor], float]] = {
     "mmd": maximum_mean_discrepancy,

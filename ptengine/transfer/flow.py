@@ -15,6 +15,7 @@ command lines.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -23,25 +24,27 @@ from typing import Any
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import LabelledTask, VerbalizedTask, text_columns
 from ptengine.data.serialization import task_to_json
-from ptengine.errors import InputError
+from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory, write_json_atomic, write_together
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
-from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
+from ptengine.training.folders import clean_leftovers, exclusive, write_folder
+from ptengine.training.preparation import DataSource, encode, for_task, room_for_text, segments_of
 from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
-from ptengine.transfer.bank import BankEntry, PromptBank, weights_sha256
-from ptengine.transfer.cleaning import Cleaning, CleaningReport
+from ptengine.transfer.bank import BankEntry, PromptBank, check_name, weights_sha256
+from ptengine.transfer.cleaning import Cleaning, CleaningReport, text_key
 from ptengine.transfer.domains import domain_texts
 from ptengine.transfer.evaluation import Judged, baselines, judge
 from ptengine.transfer.flow_data import FlowData, Rows, prepared
 from ptengine.transfer.guard import SCRATCH, folds
 from ptengine.transfer.identity import identify
-from ptengine.transfer.procedure import stage
+from ptengine.transfer.procedure import Procedure, require_comparable, stage
 from ptengine.transfer.run import TransferResult, require_same_plan, transfer
 from ptengine.transfer.self_training import unlabelled_rows
+from ptengine.transfer.similarity import require_finite
 from ptengine.transfer.strategies import Guard, Strategy
 
 __all__ = ["FlowResult", "FlowSettings", "run_flow"]
@@ -106,6 +109,7 @@ class FlowResult:
     adaptivity: name to how the prompt suits the shots' texts in content and form; none of a task with a head.
     left_out: banked prompts that were no sources, with the reason.
     uncontrolled: why there is no control although it was asked for; None otherwise.
+    unseen: labels of the task that no shot has.
     """
 
     transfer: TransferResult
@@ -117,6 +121,7 @@ class FlowResult:
     adaptivity: Mapping[str, Adaptivity]
     left_out: Mapping[str, str] = field(default_factory=dict)
     uncontrolled: str | None = None
+    unseen: Sequence[str] = ()
 
 
 def run_flow(
@@ -152,7 +157,8 @@ def run_flow(
         say: told of each stage.
 
     Raises:
-        InputError: as the stages; no rows are left to test on; a stage was run with other settings.
+        InputError: as the stages; no rows are left to test on; a stage was run with other settings; another process
+            runs in this `output_dir`.
     """
     source_task = source_task or task
     output = Path(training.output_dir)
@@ -161,17 +167,34 @@ def run_flow(
     say("cleaning")
     data = prepared(
         sources, target, test, unlabelled, task, source_task, settings.cleaning, settings.shots, settings.test_rows,
-        training.seed,
+        training.seed, settings.pool_sources or settings.strategy.joint is not None,
     )  # fmt: skip
     files = data.files()
     if settings.pool_sources:
-        data = _pooled(data)
-    work.check(data, len(banked))
+        if len(sources) < 2:
+            raise InputError(f"expected at least two sources to pool, got {len(sources)}")
+        data = replace(data, sources={POOLED: data.together})
+        files |= data.files()
+    work.check(data, banked)
     _check_clean(output / "clean", files)
-    _hold_prompts(output / "flow.json", [*sources], banked, settings.pool_sources)
-    make_directory(output / "clean")
-    write_together(output / "clean", files)
-    curve: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": max(training.max_steps // 8, 1)}
+    with exclusive(make_directory(output)):
+        _hold_prompts(output / "flow.json", [*sources], banked, settings.pool_sources)
+        work.check_target(data, output / "target")
+        clean_leftovers(make_directory(output / "clean"))
+        write_together(output / "clean", files)
+        return _stages(work, data, banked, left_out, output, say)
+
+
+def _stages(
+    work: _Work,
+    data: FlowData,
+    banked: Sequence[BankEntry],
+    left_out: Mapping[str, str],
+    output: Path,
+    say: Callable[[str], None],
+) -> FlowResult:
+    """Every stage after cleaning, in the folder `output`, which is held."""
+    model, tokenizer, task, settings = work.model, work.tokenizer, work.task, work.settings
     own = PromptBank(output / "bank")
     for entry in banked:
         own.take(entry, replace=True)
@@ -181,25 +204,29 @@ def run_flow(
     say(f"target: transfer and scratch on {len(data.shots)} shots, checked on {settings.guard.folds} held-back parts")
     moved = transfer(
         model, tokenizer, task=task, shots=data.shots, bank=own, strategy=settings.strategy, guard=settings.guard,
-        training=replace(training, output_dir=str(output / "target"), **curve), eval_data=data.test[:CURVE_ROWS],
-        source_task=source_task, source_data=_joined(data.sources) or None, unlabelled=data.unlabelled,
-        augmentation=settings.augmentation, resume=True,
+        training=work.of_target(output / "target"), eval_data=data.test[:CURVE_ROWS], source_task=work.source_task,
+        source_data=data.together or None, unlabelled=data.unlabelled, augmentation=settings.augmentation, resume=True,
     )  # fmt: skip
     words = isinstance(task, VerbalizedTask)
     prompts: dict[str, Prompt | None] = {**({FROZEN: None} if words else {}), **moved.candidates}
     without = [name for name in moved.selected if name not in data.sources]
+    uncontrolled = f"the data of {', '.join(without)} is not at hand" if settings.control and without else None
     if settings.control and not without:
         say("control: the same from sources with shuffled labels")
-        prompts[CONTROL] = work.control(data, moved, output / "control")
+        try:
+            prompts[CONTROL] = work.control(data, moved, output / "control")
+        except (InputError, TrainingDiverged) as error:  # it describes and decides nothing
+            uncontrolled = str(error)
     say(f"judging on {len(data.test)} test rows")
-    options = evaluation_options(training)
+    options = evaluation_options(work.training)
     judged = {name: judge(model, tokenizer, task, data.test, prompt, **options) for name, prompt in prompts.items()}
     zero_shot = {
         entry.name: judge(model, tokenizer, task, data.test, entry.load(model, tokenizer), **options)
         for entry in own.list()
         if entry.name in {*data.sources, *(entry.name for entry in banked)}
     }
-    moved.prompt.save(output / "prompt")
+    write_folder(output / "prompt", moved.prompt.save)
+    labels = {row[task.label_column] for row in data.shots}
     return FlowResult(
         transfer=moved,
         test=judged,
@@ -214,10 +241,11 @@ def run_flow(
         if not isinstance(task, VerbalizedTask)
         else prompt_adaptivity(
             model, tokenizer, task.template, domain_texts(data.shots, task), prompts,
-            background=domain_texts(_joined(data.sources), source_task) if data.sources else (),
+            background=domain_texts(data.together, work.source_task) if data.sources else (),
         ),
         left_out=left_out,
-        uncontrolled=f"the data of {', '.join(without)} is not at hand" if settings.control and without else None,
+        uncontrolled=uncontrolled,
+        unseen=[label for label in task.labels if label not in labels],
     )  # fmt: skip
 
 
@@ -238,8 +266,8 @@ def _hold_prompts(path: Path, sources: Sequence[str], banked: Sequence[BankEntry
     now["bank"] = {entry.name: weights_sha256(entry.read()[0]) for entry in banked}
     if path.is_file():
         require_same_plan(path, now)
+        clean_leftovers(path.parent)
         return
-    make_directory(path.parent)
     write_json_atomic(path, now)
 
 
@@ -271,6 +299,11 @@ class _Work:
             if reason is None and its != form:
                 reason = f"it is a {its[0]} of {its[1]} tokens, not a {form[0]} of {form[1]}"
             if reason is None:
+                try:
+                    require_finite(entry.read()[0])
+                except InputError as error:
+                    reason = str(error)
+            if reason is None:
                 good.append(entry)
             else:
                 left_out[entry.name] = reason
@@ -283,10 +316,11 @@ class _Work:
             raise InputError(f"expected sources with other names than the bank's prompts, got {both[0]!r} in both")
         return good, left_out
 
-    def check(self, data: FlowData, banked: int) -> None:
-        """Meet what later stages would refuse before the first: a rate, labels, lengths, folds, sources to combine."""
+    def check(self, data: FlowData, banked: Sequence[BankEntry]) -> None:
+        """Meet what later stages would refuse before the first: a rate, labels, lengths, folds, names and rows of
+        sources, what they are compared by and combined to."""
         replace(self.training, learning_rate=self.settings.source_learning_rate)
-        wanted, count = self.settings.strategy.initialize.top_k, len(data.sources) + banked
+        wanted, count = self.settings.strategy.initialize.top_k, len(data.sources) + len(banked)
         if wanted > count:
             raise InputError(f"expected at least top_k={wanted} sources to combine, got {count}")
         if self.settings.strategy.joint is not None and not data.sources:
@@ -294,23 +328,48 @@ class _Work:
         if (self.settings.strategy.self_train is None) != (data.unlabelled is None):
             raise InputError("expected unlabelled texts with a strategy that has self_train, and not without, got one")
         labels = [str(row[self.task.label_column]) for row in data.shots]
-        folds(labels, len(labels), self.settings.guard.folds, self.training.seed)
+        parts = folds(labels, len(labels), self.settings.guard.folds, self.training.seed)
         fresh = self.fresh()
         spec = backbone_spec(self.model)
+        texts = {entry.name: entry.card.domain_texts for entry in banked}
+        starts = {entry.name: entry.card.initial_sha256 for entry in banked}
+        for name, rows in data.sources.items():
+            check_name(name)
+            texts[name] = 0 if spec.kind == "seq2seq" else len(rows) - _held_rows(name, rows)
+            starts[name] = weights_sha256(fresh.fold())
+        require_comparable(self.settings.strategy, texts, starts, min(len(kept) for kept, _ in parts))
         room = room_for_text(spec, fresh, self.training.max_length)
         named = [(self.task, "shots", data.shots), (self.task, "test", data.test)]
         if data.unlabelled is not None:
             named.append((self.task, "unlabelled", unlabelled_rows(self.task, data.unlabelled)))
         named += [(self.source_task, f"source {name}", rows) for name, rows in data.sources.items()]
+        cut, sizes = self.training.truncation, (spec.vocab_size, segments_of(spec))
         for task, name, rows in named:
             name = f"{name} after cleaning"
-            encode(task, rows, self.tokenizer, fresh, room, self.training.truncation, name, spec.vocab_size)
+            encode(task, rows, self.tokenizer, fresh, room, cut, name, *sizes)
+
+    def of_target(self, folder: Path) -> TrainingConfig:
+        """The runs on the target, with curves."""
+        every = max(self.training.max_steps // 8, 1)
+        return replace(self.training, output_dir=str(folder), eval_strategy="steps", eval_steps=every)
+
+    def check_target(self, data: FlowData, folder: Path) -> None:
+        """Refuse to take the sources up again for a transfer that was asked for differently."""
+        path = folder / "plan.json"
+        if not path.is_file():
+            return
+        settings = self.settings
+        unlabelled = None if data.unlabelled is None else unlabelled_rows(self.task, data.unlabelled)
+        procedure = Procedure(
+            self.model, self.tokenizer, self.task, PromptBank(folder.parent / "bank"), self.of_target(folder),
+            settings.strategy, settings.guard, self.source_task, data.together or None, (), unlabelled,
+            settings.augmentation,
+        )  # fmt: skip
+        require_same_plan(path, procedure.asked(data.shots))
 
     def bank(self, bank: PromptBank, name: str, rows: Rows, folder: Path) -> None:
         """Tune a prompt on one source and bank it with its first numbers."""
-        held_count = min(int(len(rows) * _HELD_SHARE), _MOST_HELD)
-        if held_count < 1:
-            raise InputError(f"expected at least {round(1 / _HELD_SHARE)} rows of source {name!r}, got {len(rows)}")
+        held_count = _held_rows(name, rows)
         order = random.Random(self.training.seed).sample(rows, len(rows))
         held, train = order[:held_count], order[held_count:]
         if self.settings.augmentation is not None:
@@ -351,16 +410,17 @@ class _Work:
         return transfer(
             self.model, self.tokenizer, task=self.task, shots=data.shots, bank=bank, strategy=self.settings.strategy,
             training=replace(self.training, output_dir=str(folder / "target")), source_task=self.source_task,
-            source_data=_joined(shuffled), unlabelled=data.unlabelled, augmentation=self.settings.augmentation,
-            resume=True,
+            source_data=_like(data.together, shuffled, self.source_task) or None, unlabelled=data.unlabelled,
+            augmentation=self.settings.augmentation, resume=True,
         ).prompt  # fmt: skip
 
 
-def _pooled(data: FlowData) -> FlowData:
-    """The rows of all sources as those of one."""
-    if len(data.sources) < 2:
-        raise InputError(f"expected at least two sources to pool, got {len(data.sources)}")
-    return replace(data, sources={POOLED: _joined(data.sources)})
+def _held_rows(name: str, rows: Rows) -> int:
+    """How many rows of a source choose its prompt's best step."""
+    count = min(int(len(rows) * _HELD_SHARE), _MOST_HELD)
+    if count < 1:
+        raise InputError(f"expected at least {round(1 / _HELD_SHARE)} rows of source {name!r}, got {len(rows)}")
+    return count
 
 
 def _shuffled(rows: Rows, task: LabelledTask, seed: int) -> Rows:
@@ -369,8 +429,18 @@ def _shuffled(rows: Rows, task: LabelledTask, seed: int) -> Rows:
     return [row | {task.label_column: label} for row, label in zip(rows, labels, strict=True)]
 
 
-def _joined(sources: Mapping[str, Rows]) -> Rows:
-    return [row for rows in sources.values() for row in rows]
+def _like(together: Rows, sources: Mapping[str, Rows], task: LabelledTask) -> Rows:
+    """Of the texts of `together` the rows that `sources` have, as often."""
+    columns = text_columns(task)
+    left = Counter(text_key(row, columns) for row in together)
+    rows = [row for its in sources.values() for row in its]
+    kept = []
+    for row in rows:
+        key = text_key(row, columns)
+        if left[key]:
+            left[key] -= 1
+            kept.append(row)
+    return kept
 
 
 def described(result: FlowResult, task: LabelledTask) -> dict[str, Any]:
@@ -385,6 +455,8 @@ def described(result: FlowResult, task: LabelledTask) -> dict[str, Any]:
         "curves": {name: [list(point) for point in points] for name, points in result.curves.items()},
         "adaptivity": {name: scores.to_json() for name, scores in result.adaptivity.items()},
         "left_out": dict(result.left_out),
+        "uncontrolled": result.uncontrolled,
+        "unseen": list(result.unseen),
         "kept": result.transfer.chosen,
         "scratch_loss": list(result.transfer.runs[SCRATCH].losses) if SCRATCH in result.transfer.runs else None,
     }

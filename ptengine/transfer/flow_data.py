@@ -23,9 +23,11 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class FlowData:
-    """Attributes: clean rows of every source, the target's shots, the test, unlabelled texts if any; the reports."""
+    """Attributes: clean rows of every source, and of all `together`; the target's shots, the test, unlabelled texts if
+    any; the reports."""
 
     sources: dict[str, Rows]
+    together: Rows
     shots: Rows
     test: Rows
     unlabelled: Rows | None
@@ -57,8 +59,13 @@ def prepared(
     draw_shots: int | None,
     test_rows: int | None,
     seed: int,
+    at_once: bool,
 ) -> FlowData:
-    """Clean rows of every file, the test's texts in no other; labels that the task does not know are an error."""
+    """Clean rows of every file, the test's texts in no other; labels that the task does not know are an error.
+
+    Where the rows of several sources are trained on `at_once`, they are also cleaned together, since what occurs once
+    in a file may occur in another, even with another label.
+    """
     plain = replace(cleaning, per_label=None, balance="none")
 
     def cleaned(data: DataSource, of: LabelledTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
@@ -68,6 +75,7 @@ def prepared(
             label_column=of.label_column,
             settings=how,
             apart_from=apart,
+            apart_columns=text_columns(task),
             name=name,
         )
 
@@ -88,18 +96,22 @@ def prepared(
             raise InputError("expected a test file, or more target rows than shots to test on, got neither")
     if test_rows is not None and len(judged) > test_rows:
         judged = random.Random(seed).sample(judged, test_rows)
-    apart = [*judged, *shots.rows] if text_columns(task) == text_columns(source_task) else []
+    apart = [*judged, *shots.rows]
     ready: dict[str, Rows] = {}
     for name, data in sources.items():
         found = cleaned(data, source_task, cleaning, apart, name)
         reports.append(found.report)
         ready[name] = found.rows
+    together = [row for rows in ready.values() for row in rows]
+    if at_once and len(ready) > 1:
+        found = cleaned(together, source_task, replace(cleaning, per_label=None), [], "all sources together")
+        reports.append(found.report)
+        together = found.rows
     texts = None
     if unlabelled is not None:
         found = clean(
-            unlabelled, text_columns=text_columns(task), settings=plain, apart_from=[*judged, *shots.rows],
-            name="unlabelled",
+            unlabelled, text_columns=text_columns(task), settings=plain, apart_from=apart, name="unlabelled",
         )  # fmt: skip
         reports.append(found.report)
         texts = found.rows
-    return FlowData(ready, shots.rows, judged, texts, reports)
+    return FlowData(ready, together, shots.rows, judged, texts, reports)

@@ -67,6 +67,8 @@ def _summary(result: FlowResult, measures: Mapping[str, Interval], steps: int | 
         )
     if steps is not None:
         lines.append(f"The transferred prompt reached scratch's last accuracy after {steps} optimiser steps.")
+    if result.unseen:
+        lines.append(f"No shot has the label {', '.join(result.unseen)}: training on the target says nothing of it.")
     best = max(result.baselines, key=result.baselines.__getitem__)
     if result.baselines[best] > accuracy[kept]:
         lines.append(
@@ -186,6 +188,9 @@ def _notes(result: FlowResult) -> list[str]:
         lines.append(f"Of {taught.texts} unlabelled texts the source was sure enough of {taught.kept}: {said}.")
         if taught.one_label:
             lines.append("All of them got one label: they teach to say it, and nothing about when.")
+    if result.transfer.untaught:
+        folds = ", ".join(result.transfer.untaught)
+        lines.append(f"In {folds} of the guard the source was sure of no unlabelled text: trained on shots alone.")
     if augmented is not None:
         lines.append(f"{augmented.made} changed copies of the {augmented.rows} shots were trained on beside them.")
     if result.transfer.likeness is not None:

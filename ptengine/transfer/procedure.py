@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,21 +23,22 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import EvalResult, Trainer, TrainingConfig, TrainingResult, evaluate
 from ptengine.training.evaluation import evaluation_options
+from ptengine.training.folders import clean_leftovers, write_folder
 from ptengine.training.identity import FREE_SETTINGS
-from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
+from ptengine.training.preparation import DataSource, encode, for_task, room_for_text, segments_of
 from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
 from ptengine.transfer.augmentation import Augmentation, AugmentationReport, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, Search, weights_sha256
 from ptengine.transfer.cards import data_facts
-from ptengine.transfer.domains import DOMAIN_MEASURES
+from ptengine.transfer.domains import DOMAIN_MEASURES, LEAST_TEXTS
 from ptengine.transfer.guard import SCRATCH, SOURCE, TRANSFERRED
 from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.losses import TransferLoss
 from ptengine.transfer.self_training import Taught, teach
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity
-from ptengine.transfer.strategies import Guard, Initialize, Strategy
+from ptengine.transfer.strategies import Guard, Initialize, Strategy, rate_name
 
-__all__ = ["Procedure", "Rows", "Trained", "scratch_rate"]
+__all__ = ["Procedure", "Rows", "Trained", "require_comparable", "scratch_rate"]
 
 Rows = list[dict[str, Any]]
 
@@ -52,6 +54,7 @@ class Trained:
     likeness: float | None
     taught: Taught | None
     augmented: AugmentationReport | None
+    untaught: str | None
 
 
 @dataclass(frozen=True)
@@ -79,26 +82,19 @@ class Procedure:
     unlabelled: Rows | None
     augmentation: Augmentation | None
 
-    def check(self, rows: Rows, eval_data: DataSource | None) -> None:
-        """Meet the errors of settings, bank and data before the first step."""
+    def check(self, rows: Rows, eval_data: DataSource | None, fewest: int) -> None:
+        """Meet the errors of settings, bank and data before the first step; `fewest` is the shots of the least fold."""
         entries = self.usable()
         wanted = self.strategy.initialize
         if wanted.top_k > len(entries):
             raise InputError(
                 f"expected at least top_k={wanted.top_k} prompts to combine in the bank, got {len(entries)}"
             )
+        require_comparable(
+            self.strategy, {entry.name: entry.card.domain_texts for entry in entries},
+            {entry.name: entry.card.initial_sha256 for entry in entries}, fewest,
+        )  # fmt: skip
         distill = self.strategy.distill
-        if wanted.measure in DOMAIN_MEASURES:
-            without = [entry.name for entry in entries if not entry.card.domain_texts]
-            if without:
-                raise InputError(f"expected prompts added with their data to search by {wanted.measure}, got {without}")
-        likeness = "" if distill is None or distill.similarity is None else distill.similarity
-        if "task_vector" in wanted.measure + wanted.combine + likeness:
-            starts = {entry.name: entry.card.initial_sha256 for entry in entries}
-            if None in starts.values() or len(set(starts.values())) > 1:
-                raise InputError(
-                    f"expected prompts with one initial prompt P0 for task vectors, got {starts} (name: its sha256)"
-                )
         start = start_from(self.model, entries[0].load(self.model, self.tokenizer))
         if (self.strategy.self_train is None) != (self.unlabelled is None):
             raise InputError("expected unlabelled texts with a strategy that has self_train, and not without, got one")
@@ -106,8 +102,10 @@ class Procedure:
             self.readable(self.unlabelled, start)
         replace(self, strategy=replace(self.strategy, initialize=Initialize(), self_train=None)).loss(start)
         self.trainer(start, rows, self.training.output_dir, None, eval_data, None)
-        if self.guard is not None or wanted.fresh or likeness:
+        if self.guard is not None or wanted.fresh or (distill is not None and distill.similarity is not None):
             self.fresh()
+        if wanted.measure not in PROMPT_MEASURES:  # for which a prompt must first be tuned
+            self.teach(self.combine(self.search(rows, None))[0])
 
     @cached_property
     def identity(self) -> BackboneIdentity:
@@ -134,6 +132,10 @@ class Procedure:
 
     def plan(self, rows: Rows) -> dict[str, Any]:
         """Json values that must be equal for a run to go on."""
+        return {**self.asked(rows), "bank": {entry.name: weights_sha256(entry.read()[0]) for entry in self.usable()}}
+
+    def asked(self, rows: Rows) -> dict[str, Any]:
+        """`plan` but for the bank."""
         settings = {name: value for name, value in asdict(self.training).items() if name not in FREE_SETTINGS}
         return {
             "training": settings,
@@ -148,14 +150,23 @@ class Procedure:
             "backbone": {"fingerprint": self.identity.fingerprint, "tokenizer": self.identity.tokenizer},
             "unlabelled": None if self.unlabelled is None else asdict(data_facts(self.unlabelled, "unlabelled")),
             "augmentation": None if self.augmentation is None else asdict(self.augmentation),
-            "bank": {entry.name: weights_sha256(entry.read()[0]) for entry in self.usable()},
         }
 
     def run(
-        self, rows: Rows, folder: Path, *, scratch: tuple[float, ...], eval_data: DataSource | None = None
+        self,
+        rows: Rows,
+        folder: Path,
+        *,
+        scratch: tuple[float, ...],
+        eval_data: DataSource | None = None,
+        is_fold: bool = False,
     ) -> Trained:
-        """Scratch at each of the rates, and transfer, on `rows` and their changed copies, if any."""
-        make_directory(folder)
+        """Scratch at each of the rates, and transfer, on `rows` and their changed copies, if any.
+
+        `folder` is held or in one that is. A fold whose teacher has no unlabelled text to teach goes without, since the
+        guard judges by all folds.
+        """
+        clean_leftovers(make_directory(folder))
         shots, augmented = rows, None
         if self.augmentation is not None:
             copies = augment(rows, text_columns(self.task), self.augmentation)
@@ -172,16 +183,22 @@ class Procedure:
         probe = self.probe(rows, folder) if wanted.measure in PROMPT_MEASURES or similarity is not None else None
         search = self.search(shots, probe)
         start, selected = self.combine(search)
-        start.save(folder / "start")
+        write_folder(folder / "start", start.save)
         likeness = None
         if similarity is not None and probe is not None:
             likeness = max(prompt_similarity(similarity, start, probe.prompt, probe.initial, probe.initial), 0.0)
         prompts[SOURCE] = start
         prompts[TRANSFERRED] = moved = self.fresh() if wanted.fresh else start_from(self.model, start)
-        taught = self.teach(start)
-        loss = self.loss(start, 1.0 if likeness is None else likeness, taught)
+        student, taught, untaught = self, None, None
+        try:
+            taught = self.teach(start)
+        except InputError as error:
+            if not is_fold:
+                raise
+            student, untaught = replace(self, strategy=replace(self.strategy, self_train=None)), str(error)
+        loss = student.loss(start, 1.0 if likeness is None else likeness, taught)
         runs[TRANSFERRED] = stage(self.trainer(moved, rows, folder / TRANSFERRED, None, eval_data, loss))
-        return Trained(prompts, runs, search, selected, likeness, taught, augmented)
+        return Trained(prompts, runs, search, selected, likeness, taught, augmented, untaught)
 
     def fresh(self) -> Prompt:
         """A prompt like the bank's, from scratch."""
@@ -214,11 +231,16 @@ class Procedure:
         if measure in DOMAIN_MEASURES:
             return self.bank.search(measure=measure, task=self.task, shots=rows, **asked)
         assert probe is not None  # made for every other measure
-        return self.bank.search(measure=measure, prompt=probe.prompt, initial=probe.initial, **asked)
+        return self.bank.search(measure=measure, task=self.task, prompt=probe.prompt, initial=probe.initial, **asked)
 
     def combine(self, search: Search) -> tuple[Prompt, dict[str, float]]:
         """The start, and the entries it is made of with their weights."""
         wanted = self.strategy.initialize
+        if len(search.matches) < wanted.top_k:
+            raise InputError(
+                f"expected at least top_k={wanted.top_k} prompts of the bank that {search.measure} can rank, got "
+                f"{len(search.matches)}; refused: {dict(search.refused)}"
+            )
         matches = search.matches[: wanted.top_k]
         entries = [match.entry for match in matches]
         prompts = [entry.load(self.model, self.tokenizer) for entry in entries]
@@ -249,7 +271,8 @@ class Procedure:
         spec = backbone_spec(self.model)
         room = room_for_text(spec, prompt, self.training.max_length)
         cut = self.training.truncation
-        encode(self.task, rows, self.tokenizer, prompt, room, cut, "unlabelled", spec.vocab_size)
+        sizes = (spec.vocab_size, segments_of(spec))
+        encode(self.task, rows, self.tokenizer, prompt, room, cut, "unlabelled", *sizes)
 
     def loss(self, start: Prompt, likeness: float = 1.0, taught: Taught | None = None) -> TransferLoss:
         return TransferLoss(
@@ -290,8 +313,46 @@ def stage(trainer: Trainer) -> TrainingResult:
     return trainer.fit()
 
 
+def require_comparable(
+    strategy: Strategy, texts: Mapping[str, int], starts: Mapping[str, str | None], shots: int
+) -> None:
+    """Refuse prompts, or shots, without what the strategy's measures and combination need.
+
+    Args:
+        texts: name of each prompt to of how many texts the embeddings are banked.
+        starts: name of each prompt to the sha256 of its P0, None without one.
+        shots: the fewest that are compared with the texts.
+
+    Raises:
+        InputError: naming what is missing.
+    """
+    wanted, distill = strategy.initialize, strategy.distill
+    if wanted.measure in DOMAIN_MEASURES:
+        without = [name for name, count in texts.items() if not count]
+        if without:
+            raise InputError(f"expected prompts added with their data to search by {wanted.measure}, got {without}")
+        least = LEAST_TEXTS[wanted.measure]
+        if shots < least:
+            raise InputError(
+                f"expected at least {least} shots to search by {wanted.measure}, in every fold but the part held back, "
+                f"got {shots}"
+            )
+        enough = [name for name, count in texts.items() if count >= least]
+        if len(enough) < wanted.top_k:
+            raise InputError(
+                f"expected at least top_k={wanted.top_k} prompts with {least} texts to search by {wanted.measure}, got "
+                f"{dict(texts)} (name: its texts)"
+            )
+    likeness = "" if distill is None or distill.similarity is None else distill.similarity
+    by_start = "task_vector" in wanted.measure + wanted.combine + likeness
+    if by_start and (None in starts.values() or len(set(starts.values())) > 1):
+        raise InputError(
+            f"expected prompts with one initial prompt P0 for task vectors, got {dict(starts)} (name: its sha256)"
+        )
+
+
 def scratch_name(rate: float) -> str:
-    return f"{SCRATCH}-{rate:g}"
+    return f"{SCRATCH}-{rate_name(rate)}"
 
 
 def scratch_rate(name: str, guard: Guard) -> float:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from ptengine.errors import InputError
 from ptengine.files import make_directory, write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingConfig, TrainingResult
-from ptengine.training.folders import exclusive
+from ptengine.training.folders import exclusive, write_folder
 from ptengine.training.preparation import DataSource
 from ptengine.transfer.augmentation import Augmentation, AugmentationReport
 from ptengine.transfer.bank import PromptBank, Search
@@ -47,6 +47,7 @@ class TransferResult:
     likeness: on all shots, what `Distill.similarity` multiplied its weight by; None without one.
     taught: what `SelfTrain`'s teacher made of the unlabelled texts; None without any.
     augmented: what augmentation made of all shots; None without one.
+    untaught: fold of the guard to why its teacher had no unlabelled text to teach; it was trained on its shots alone.
     """
 
     prompt: Prompt
@@ -58,6 +59,7 @@ class TransferResult:
     likeness: float | None = None
     taught: Taught | None = None
     augmented: AugmentationReport | None = None
+    untaught: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def chosen(self) -> str:
@@ -75,6 +77,7 @@ class TransferResult:
             "likeness": self.likeness,
             "taught": None if self.taught is None else self.taught.to_json(),
             "augmented": None if self.augmented is None else self.augmented.to_json(),
+            "untaught": dict(self.untaught),
         }
 
 
@@ -122,8 +125,10 @@ def transfer(
         resume: go on in an `output_dir` that holds a run of equal settings.
 
     Raises:
-        InputError: whatever does not fit, before any training; an `output_dir` with a run, unless `resume`; settings,
-            rows or bank entries that differ from those of the run to go on with.
+        InputError: whatever does not fit, before any training, but for what a cosine with a prompt that is tuned on the
+            shots shows, which is too few entries that it can rank, or a teacher that is sure of no unlabelled text; an
+            `output_dir` with a run, unless `resume`; settings, rows or bank entries that differ from those of the run
+            to go on with.
     """
     strategy = Strategy() if strategy is None else strategy
     if not isinstance(task, LabelledTask | GenerationTask):
@@ -142,15 +147,19 @@ def transfer(
         model, tokenizer, task, bank, training, strategy, guard, source_task, source_data, tuple(exclude),
         None if unlabelled is None else unlabelled_rows(task, unlabelled), augmentation,
     )  # fmt: skip
-    procedure.check(rows, eval_data)
+    procedure.check(rows, eval_data, min([len(rows), *(len(kept) for kept, _ in parts)]))
     output = make_directory(training.output_dir)
     with exclusive(output):
         _hold_plan(output / "plan.json", procedure.plan(rows), resume)
         decision = None
+        untaught: dict[str, str] = {}
         if guard is not None:
             held: dict[str, list[Any]] = {}
             for index, (kept, away) in enumerate(parts):
-                tried = procedure.run([rows[i] for i in kept], output / f"fold-{index}", scratch=guard.scratch_rates)
+                fold = f"fold-{index}"
+                tried = procedure.run([rows[i] for i in kept], output / fold, scratch=guard.scratch_rates, is_fold=True)
+                if tried.untaught is not None:
+                    untaught[fold] = tried.untaught
                 for name, prompt in tried.prompts.items():
                     scored = procedure.score(prompt, [rows[i] for i in away])
                     gold = None if labels is None else [labels[i] for i in away]
@@ -171,8 +180,9 @@ def transfer(
             likeness=final.likeness,
             taught=final.taught,
             augmented=final.augmented,
+            untaught=untaught,
         )
-        result.prompt.save(output / "prompt")
+        write_folder(output / "prompt", result.prompt.save)
         write_json_atomic(output / "transfer.json", result.to_json())
     return result
 
@@ -196,7 +206,15 @@ def require_same_plan(path: Path, plan: dict[str, Any]) -> None:
     """Raise `InputError` where the plan in the file `path` differs from that of the run that is to go on."""
     before, now = json.loads(path.read_bytes()), json.loads(json.dumps(plan))
     for name in now:
-        if before.get(name) != now[name]:
-            raise InputError(
-                f"expected {name} {before.get(name)!r} as in the transfer in {str(path.parent)!r}, got {now[name]!r}"
-            )
+        found = _difference(name, before.get(name), now[name])
+        if found is not None:
+            where, old, new = found
+            raise InputError(f"expected {where}={old!r} as in the transfer in {str(path.parent)!r}, got {new!r}")
+
+
+def _difference(name: str, before: Any, now: Any) -> tuple[str, Any, Any] | None:
+    """The first value that differs between two json values called `name`, by its own name, and what it is in both."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        parts = (_difference(f"{name}.{key}", before.get(key), now.get(key)) for key in {**before, **now})
+        return next((found for found in parts if found is not None), None)
+    return None if before == now else (name, before, now)

@@ -24,11 +24,19 @@ __all__ = [
     "PROMPT_MEASURES",
     "mean_token_cosine",
     "prompt_similarity",
+    "require_finite",
     "shot_metrics",
     "task_vector_cosine",
     "token_cosine",
     "token_vectors",
 ]
+
+
+def require_finite(prompt: Prompt) -> None:
+    """Raise `InputError` where `prompt`, or its head, has NaN or infinity among its numbers."""
+    for name, tensor in prompt.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError(f"expected a prompt of finite numbers, got NaN or infinity in its {name!r}")
 
 
 @torch.no_grad()
@@ -38,8 +46,9 @@ def token_vectors(prompt: Prompt) -> Tensor:
     [P, d] of virtual tokens, [P, L*2*H_kv*D] of a prefix, [P, A*d] of the A layers of gated tokens.
 
     Raises:
-        InputError: the prompt depends on the text.
+        InputError: the prompt depends on the text, or has numbers that are not finite.
     """
+    require_finite(prompt)
     lowered = prompt.lower()
     if isinstance(lowered, VirtualTokens):
         return lowered.embeds.detach().to("cpu", torch.float64)  # [P, d]
@@ -57,7 +66,7 @@ def mean_token_cosine(one: Prompt, other: Prompt) -> float:
     """Cosine of the two prompts' average tokens (SPoT, Vu et al. 2022, arXiv 2110.07904, section 5.1).
 
     Raises:
-        InputError: the prompts are of different kinds or widths, or an average is zero.
+        InputError: the prompts are of different kinds or widths, an average is zero, or a number is not finite.
     """
     a, b = _pair(one, other)
     return _cosine(a.mean(dim=0), b.mean(dim=0))

@@ -15,7 +15,7 @@ from ptengine.transfer.augmentation import Augmentation
 from ptengine.transfer.domains import DOMAIN_MEASURES
 from ptengine.transfer.similarity import PROMPT_MEASURES
 
-__all__ = ["Anchor", "Distill", "Guard", "Initialize", "Joint", "SelfTrain", "Strategy"]
+__all__ = ["Anchor", "Distill", "Guard", "Initialize", "Joint", "SelfTrain", "Strategy", "rate_name"]
 
 COMBINATIONS = ("best", "mean", "weighted", "task_vectors")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -196,7 +196,8 @@ class Guard:
     Attributes:
         folds: parts the shots are cut into, at least 2; every class needs as many rows.
         min_gain: by how much the score must be better besides, a fraction for accuracy; 0 asks for no more.
-        scratch_rates: learning rates of scratch, as multiples of the method's own, at most 1e6; the best counts.
+        scratch_rates: learning rates of scratch, as multiples of the method's own, at most 1e6, which differ in their
+            first six digits; the best counts.
         scratch_init: how scratch starts, an init of the prompt's method that needs no further arguments.
     """
 
@@ -212,8 +213,18 @@ class Guard:
             raise InputError(f"expected scratch_rates, a tuple of numbers above 0, got {self.scratch_rates!r}")
         for rate in self.scratch_rates:
             _number("scratch_rates", rate, 0, _MOST_RATE)
-            if rate == 0 or self.scratch_rates.count(rate) > 1:
+            if rate == 0:
                 raise InputError(f"expected scratch_rates, different numbers above 0, got {self.scratch_rates!r}")
+        if len({rate_name(rate) for rate in self.scratch_rates}) < len(self.scratch_rates):
+            raise InputError(
+                "expected scratch_rates that differ in their first six digits, by which their folders are called, got "
+                f"{self.scratch_rates!r}"
+            )
+
+
+def rate_name(rate: float) -> str:
+    """What the run of scratch at this multiple of the method's learning rate is called."""
+    return f"{rate:g}"
 
 
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:

@@ -337,7 +337,7 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
         lambda b: ["eval", "--prompt", str(b.tuned), "--data", b.rows({"text": "a"})],
         ("'label'", "'text'"),
     ),
-    "texts of a classification task": (lambda b: b.eval("--write-texts"), ("GenerationTask", "ClassificationTask")),
+    "texts of a classification task": (lambda b: b.eval("--write-texts"), ("--write-texts", "for classification")),
     "predictions in no folder": (lambda b: b.eval("--predictions", "no/such/file"), ("--predictions", "no/such/file")),
     # It was ignored: "no problems" of a device that is not there.
     "device of no model": (lambda b: ["doctor", "--device", "cuda"], ("--model with --device",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 from collections.abc import Callable
@@ -10,7 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from ptengine.data import ClassificationTask, Template, Verbalizer
+from ptengine.prompts import Prefix, SoftPrompt
+from ptengine.transfer import PromptBank
 
 ASKED = ["--target", "x", "--template", "{text}", "--verbalizer", "a= good,b= bad", "--output", "out"]
 GOOD, BAD = ["fine", "lovely", "great", "warm"], ["poor", "dull", "awful", "cold"]
@@ -75,7 +80,7 @@ def test_two_files_to_a_report_and_a_prompt_for_eval(world: Any, call: Callable[
     extra = ("--source", "more=" + write_csv(tmp_path / "more.csv", "play", ("good", "bad"), ("text", "label")))
     changed = call(*arguments, "--resume", *extra)
     assert changed.status == 2
-    assert "expected sources " in changed.err
+    assert "expected sources=['films'] as in" in changed.err
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
     assert call(*arguments, "--resume").status == 0
 
@@ -359,3 +364,47 @@ def test_without_template_or_text_column(world: Any, call: Callable[..., Any], t
     at = arguments.index("--template")
     refused = call(*arguments[:at], *arguments[at + 2 :])
     assert (refused.status, "or --text-column for a BERT model" in refused.err) == (2, True)
+
+
+def test_method_and_length_were_those_of_another_backbone_s_prompt(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    """The bank's first entry decided, whichever model it is for."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(world.llama), AutoTokenizer.from_pretrained(world.llama)
+    other = copy.deepcopy(model)
+    torch.nn.init.normal_(other.model.layers[0].mlp.up_proj.weight)
+    bank = PromptBank(tmp_path / "bank")
+    task = ClassificationTask(Template("{text} is"), Verbalizer({"bad": " bad", "good": " good"}))
+    for name, of, prompt in (("a", other, SoftPrompt(other, 6)), ("b", model, Prefix(model, 4))):
+        bank.add(name, prompt, model=of, tokenizer=tokenizer, task=task)
+    done = call(
+        "transfer", "--bank", bank.path, "--target", world.train, "--shots", "2", "--folds", "2", "--steps", "2",
+        "--template", "{text} is", "--verbalizer", "good= good,bad= bad", "--model", world.llama,
+        "--scratch-rates", "1", "--output", tmp_path / "moved", "--json",
+    )  # fmt: skip
+    assert done.status == 0, done.err
+    assert set(done.json["sources"]) == {"b"}
+    assert set(done.json["left_out"]) == {"a"}
+
+
+def test_a_projector_s_folder_in_use_named_options_that_are_not_there(call: Callable[..., Any], tmp_path: Path) -> None:
+    """It spoke of --output and --resume."""
+    (tmp_path / "note").write_text("mine")
+    done = call(
+        "bank", "carry", "--bank", tmp_path, "--name", "a", "--from", "x", "--into", "b", "--method", "projector",
+        "--data", "x.csv", "--projector", tmp_path,
+    )  # fmt: skip
+    assert done.status == 2
+    assert done.err == (
+        f"error: expected --projector, a new or empty folder, got {str(tmp_path)!r}, which is not empty; name another "
+        "one\n"
+    )
+
+
+def test_a_source_s_name_of_too_many_bytes_failed_when_its_rows_were_written(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    arguments = [*command(world, tmp_path), "--verbalizer", "good= fine,bad= poor"]
+    done = call(*arguments, "--source", f"{'𠀀' * 80}={world.train}")
+    assert (done.status, "220 bytes in UTF-8" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()

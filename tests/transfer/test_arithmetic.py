@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ptengine.errors import InputError
-from ptengine.prompts import SoftPrompt
+from ptengine.prompts import DecomposedPrompt, HeadedPrompt, SoftPrompt
 from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
 
 
@@ -66,3 +66,17 @@ def test_what_cannot_be_combined_is_refused(tiny: ModuleType) -> None:
     for weights in ([1.0], [1.0, -1.0], [0.0, 0.0], [1.0, float("inf")]):
         with pytest.raises(InputError, match="expected 2 weights"):
             weighted_mean([prompt, prompt], weights)
+
+
+def test_numbers_of_other_meaning_were_averaged(tiny: ModuleType) -> None:
+    """Heads of other labels, and offsets times another alpha; a rate of training changes no meaning."""
+    bert, llama = tiny.bert(), tiny.llama()
+    heads = [HeadedPrompt(bert, tiny.soft(bert), labels) for labels in (("neg", "pos"), ("pos", "neg"))]
+    with pytest.raises(InputError, match=r"labels to combine, got .*\['neg', 'pos'\].* and .*\['pos', 'neg'\]"):
+        weighted_mean(heads)
+    short = {"max_length": 8, "rank": 2}
+    mild, strong = (DecomposedPrompt(llama, 3, alpha=alpha, **short) for alpha in (8.0, 80.0))
+    with pytest.raises(InputError, match=r"'alpha': 8\.0.* and .*'alpha': 80\.0"):
+        weighted_mean([mild, strong])
+    slow = DecomposedPrompt(llama, 3, alpha=8.0, offset_rate_factor=0.5, **short)
+    assert torch.equal(weighted_mean([mild, slow]).left, (mild.left + slow.left) / 2)

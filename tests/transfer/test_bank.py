@@ -145,6 +145,7 @@ def test_bad_additions_are_refused_before_anything_is_written(tiny: ModuleType, 
         ({"task": {"kind": "other"}}, "expected a task"),
         ({"backbone": {"facts": {}}}, "'fingerprint'"),
         ({"num_virtual_tokens": "4"}, "'num_virtual_tokens'"),
+        ({"data": "films.csv"}, "'data'"),
     ],
 )
 def test_a_damaged_card_names_its_file(tiny: ModuleType, tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -226,3 +227,74 @@ def test_compare_gives_a_symmetric_table(tiny: ModuleType, tmp_path: Path) -> No
     assert set(bank.compare("task_vector_cosine", ["p2", "p1"])) == {"p1", "p2"}
     with pytest.raises(InputError, match="expected measure"):
         bank.compare("shot_loss")
+
+
+@pytest.mark.parametrize("key", ["data", "initial_sha256", "note"])
+def test_a_card_without_a_key_was_a_key_error(tiny: ModuleType, tmp_path: Path, key: str) -> None:
+    model, bank = tiny.gpt2(), PromptBank(tmp_path)
+    path = add(bank, tiny, "a", tiny.soft(model), model).path / "card.json"
+    card = json.loads(path.read_text())
+    del card[key]
+    path.write_text(json.dumps(card))
+    with pytest.raises(InputError, match=f"expected '{key}' on the card, got 'no such key'") as raised:
+        bank.list()
+    assert str(path) in str(raised.value)
+
+
+def broken(prompt: Any, value: float = float("nan")) -> Any:
+    with torch.no_grad():
+        prompt.embeds[0, 0] = value
+    return prompt
+
+
+def test_prompts_with_nan_were_ranked_first(tiny: ModuleType, tmp_path: Path) -> None:
+    """They can no longer be added; one that lies there is refused by every measure."""
+    model, bank, shots = tiny.gpt2(), PromptBank(tmp_path), tiny.rows(6, 3)
+    for value in (float("nan"), float("inf")):
+        with pytest.raises(InputError, match="expected a prompt of finite numbers"):
+            add(bank, tiny, "a", broken(tiny.soft(model), value), model)
+    with pytest.raises(InputError, match="expected a prompt of finite numbers"):
+        add(bank, tiny, "a", tiny.soft(model), model, initial=broken(tiny.soft(model)))
+    assert not bank.list()
+    for seed in range(2):
+        add(bank, tiny, f"p{seed}", tiny.soft(model, seed), model, data=tiny.rows(6, seed))
+    broken(tiny.soft(model)).save(tmp_path / "p0")
+    asked = {"model": model, "tokenizer": tiny.tokenizer(), "task": tiny.words_task()}
+    for measure, given in (
+        ("shot_loss", {"shots": shots}),
+        ("mmd", {"shots": shots}),
+        ("token_cosine", {"prompt": tiny.soft(model, 3)}),
+    ):
+        found = bank.search(measure=measure, **given, **asked)
+        assert [match.entry.name for match in found.matches] == ["p1"]
+        assert "finite numbers" in found.refused["p0"]
+    with pytest.raises(InputError, match=r"cannot compare 'p0' with 'p0': expected a prompt of finite numbers"):
+        bank.compare("token_cosine")
+    with pytest.raises(InputError, match="expected a prompt of finite numbers"):
+        bank.search(measure="token_cosine", prompt=broken(tiny.soft(model)), **asked)
+
+
+def test_a_loss_that_is_not_finite_was_a_score(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, bank = tiny.gpt2(), PromptBank(tmp_path)
+    add(bank, tiny, "a", tiny.soft(model), model)
+    monkeypatch.setattr("ptengine.transfer.bank.shot_metrics", lambda *_, **__: {"loss": float("nan")})
+    found = bank.search(model=model, tokenizer=tiny.tokenizer(), task=tiny.words_task(), shots=tiny.rows(4))
+    assert (found.matches, dict(found.refused)) == ((), {"a": "its loss on the shots is nan"})
+
+
+def test_a_name_of_more_bytes_than_a_folder_s_was_taken(tiny: ModuleType, tmp_path: Path) -> None:
+    model, bank = tiny.gpt2(), PromptBank(tmp_path / "bank")
+    with pytest.raises(InputError, match="at most 240 bytes in UTF-8, got 320"):
+        add(bank, tiny, "𠀀" * 80, tiny.soft(model), model)
+    assert not bank.list()
+    assert add(bank, tiny, "好" * 80, tiny.soft(model), model).name == "好" * 80
+
+
+def test_files_of_a_killed_write_stayed_for_ever(tiny: ModuleType, tmp_path: Path) -> None:
+    model, bank = tiny.gpt2(), PromptBank(tmp_path)
+    (tmp_path / ".tmp-card.json-abcdefgh").write_text("{")
+    (tmp_path / "mine.tmp-1").write_text("")
+    add(bank, tiny, "a", tiny.soft(model), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a", "mine.tmp-1"]

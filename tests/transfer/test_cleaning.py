@@ -129,3 +129,19 @@ def test_classes_of_a_dataset_have_their_names() -> None:
     named = rows.cast_column("label", ClassLabel(names=["spam", "ham"]))
     found = clean(named, text_columns=["text"], label_column="label").rows
     assert [row["label"] for row in found] == ["spam", "ham"]
+
+
+def test_rows_were_kept_apart_by_the_names_of_columns_only() -> None:
+    """Texts of other columns, in another order, or in more or fewer of them are the same texts."""
+    rows = [{"review": text, "about": about, "label": "pos"} for text, about in (("fine", "film"), ("dull", "book"))]
+
+    def left(others: list[dict[str, str]], columns: list[str]) -> list[str]:
+        found = clean(
+            rows, text_columns=["review", "about"], label_column="label", apart_from=others, apart_columns=columns
+        )
+        return [row["review"] for row in found.rows]
+
+    assert left([{"a": "Film", "b": "FINE "}], ["a", "b"]) == ["dull"]
+    assert left([{"text": "fine"}], ["text"]) == ["dull"]
+    assert left([{"a": "no", "b": "film", "c": "fine"}], ["a", "b", "c"]) == ["dull"]
+    assert left([{"a": "fine", "b": "book"}], ["a", "b"]) == ["fine", "dull"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from types import ModuleType
@@ -152,3 +153,13 @@ def test_an_encoder_embeds_too(tiny: ModuleType) -> None:
     with torch.no_grad():
         hidden = model.bert(torch.tensor([tokens("film song")["input_ids"]])).last_hidden_state[0]
     assert torch.allclose(found, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)
+
+
+def test_equal_vectors_were_taken_for_different_ones() -> None:
+    """Beyond 25 rows the distances came from products, of which equal vectors leave rounding: it was the median."""
+    kinds = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).double()
+    a, b = kinds[[0] * 38 + [1] * 2], kinds[[0] * 35 + [1] * 5]
+    # The kernel is 1 for equal vectors and exp(-1/2) for different ones.
+    shares = torch.tensor([38 / 40 - 35 / 40, 2 / 40 - 5 / 40]).double()
+    kernel = torch.tensor([[1, math.exp(-0.5)], [math.exp(-0.5), 1]]).double()
+    assert maximum_mean_discrepancy(a, b) == pytest.approx(float(shares @ kernel @ shares), rel=1e-6)

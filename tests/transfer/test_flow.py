@@ -13,14 +13,18 @@ from typing import Any
 import pytest
 import torch
 
+from ptengine.data import Template
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import TrainingConfig
-from ptengine.transfer import Augmentation, Guard, Joint, PromptBank, SelfTrain, Strategy
+from ptengine.training.folders import exclusive
+from ptengine.transfer import Augmentation, Guard, Initialize, Joint, PromptBank, SelfTrain, Strategy, transfer
+from ptengine.transfer.bank import weights_sha256
 from ptengine.transfer.cleaning import Cleaning
 from ptengine.transfer.flow import CONTROL, FROZEN, FlowSettings, run_flow
 from ptengine.transfer.flow_report import flow_report
 from ptengine.transfer.report import write_report
+from ptengine.transfer.self_training import teach
 
 SETTINGS = FlowSettings(num_virtual_tokens=3, shots=4, source_steps=4, guard=Guard(folds=2))
 
@@ -130,9 +134,9 @@ def test_pooled_sources_are_one_source_of_all_their_rows(tiny: ModuleType, tmp_p
     result = run(tiny, tmp_path / "out", pooled)
     bank = PromptBank(tmp_path / "out" / "bank")
     assert [entry.name for entry in bank.list()] == ["pooled"]
-    rows = [lines(tmp_path / "out" / "clean" / f"source-{name}.jsonl") for name in "ab"]
-    held = (len(rows[0]) + len(rows[1])) // 5
-    assert bank.entry("pooled").card.data.rows == len(rows[0]) + len(rows[1]) - held
+    rows, a, b = (lines(tmp_path / "out" / "clean" / f"source-{name}.jsonl") for name in ("pooled", "a", "b"))
+    assert {row["text"] for row in rows} == {row["text"] for row in [*a, *b]}
+    assert bank.entry("pooled").card.data.rows == len(rows) - len(rows) // 5
     assert set(result.sources) == {"pooled"}
     assert result.test["source"] == result.sources["pooled"]
     assert CONTROL in result.test
@@ -219,3 +223,139 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: ModuleType, tmp_p
         with pytest.raises(InputError, match="whole number"):
             replace(SETTINGS, **bad)  # type: ignore[arg-type]
     assert SETTINGS.cleaning == Cleaning()
+
+
+def test_test_rows_leaked_into_sources_whose_columns_have_other_names(tiny: ModuleType, tmp_path: Path) -> None:
+    target = tiny.rows(40, 2)
+    source = [{"review": row["text"], "label": row["label"]} for row in [*target, *tiny.rows(20, 0)]]
+    task = replace(tiny.words_task(), template=Template("{review} it was"))
+    run(tiny, tmp_path, replace(SETTINGS, control=False), sources={"a": source}, source_task=task)
+    clean = {path.stem: lines(path) for path in (tmp_path / "clean").glob("*.jsonl")}
+    kept = {row["review"] for row in clean["source-a"]}
+    assert kept
+    assert not kept & {row["text"] for row in [*clean["test"], *clean["shots"]]}
+    reports = {report["source"]: report for report in json.loads((tmp_path / "clean" / "cleaning.json").read_text())}
+    assert reports["a"]["dropped"]["the text is also in the rows to keep apart"] >= len(clean["test"])
+
+
+def test_a_control_that_cannot_be_made_ended_the_run(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It describes and decides nothing: the report says why there is none."""
+
+    def unsure_when_shuffled(*asked: Any) -> Any:
+        own = {weights_sha256(entry.read()[0]) for entry in PromptBank(tmp_path / "bank").list()}
+        if weights_sha256(asked[4].fold()) not in own:
+            raise InputError("the source prompt is sure of none")
+        return teach(*asked)
+
+    monkeypatch.setattr("ptengine.transfer.procedure.teach", unsure_when_shuffled)
+    texts = [{"text": row["text"]} for row in tiny.rows(10, 6)]
+    settings = replace(SETTINGS, strategy=Strategy(self_train=SelfTrain(0.5, 0.0)))
+    result = run(tiny, tmp_path, settings, unlabelled=texts)
+    assert CONTROL not in result.test
+    report = flow_report(result, tiny.words_task(), "t")
+    assert "There is no control with shuffled labels: the source prompt is sure of none." in report.notes
+    assert report.data["uncontrolled"] == "the source prompt is sure of none"
+
+
+@pytest.mark.parametrize("joint", [False, True])
+def test_sources_trained_on_together_kept_what_they_share(
+    tiny: ModuleType, tmp_path: Path, joint: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Duplicates and contradictions from file to file, some of them held out and trained on."""
+    a = [{"text": f"film {word} very", "label": "pos"} for word in tiny.WORDS]
+    shared = [a[0], {"text": "FILM  lovely very", "label": "neg"}]
+    b = [*shared, *({"text": f"room {word} very", "label": "neg"} for word in tiny.WORDS)]
+    trained: list[Any] = []
+
+    def noted(*asked: Any, **more: Any) -> Any:
+        trained.append([row["text"] for row in more["source_data"]])
+        return transfer(*asked, **more)
+
+    monkeypatch.setattr("ptengine.transfer.flow.transfer", noted)
+    settings = replace(SETTINGS, pool_sources=not joint, strategy=Strategy(joint=Joint() if joint else None))
+    result = run(tiny, tmp_path, settings, sources={"a": a, "b": b})
+    wanted = [row["text"] for row in [*a, *b] if row["text"].casefold().split() != ["film", "lovely", "very"]]
+    wanted.remove(a[0]["text"])
+    assert trained[0] == [a[0]["text"], *[text for text in wanted if text != a[0]["text"]]]
+    assert set(trained[1]) <= set(trained[0])  # the control's
+    (report,) = [one for one in result.cleaning if one.source == "all sources together"]
+    assert report.dropped == {"a duplicate of an earlier row": 1, "the text occurs with several labels": 2}
+    assert any(note.startswith("all sources together: ") for note in flow_report(result, tiny.words_task(), "t").notes)
+
+
+@pytest.mark.parametrize("measure", ["mmd", "task_vector_cosine", "proxy_a_distance"])
+def test_what_a_later_stage_lacks_was_refused_after_tuning(tiny: ModuleType, tmp_path: Path, measure: str) -> None:
+    model = tiny.gpt2(dropout=0.0)
+    bank = PromptBank(tmp_path / "bank")
+    data = {"data": tiny.rows(3)} if measure == "proxy_a_distance" else {}
+    bank.add("old", SoftPrompt(model, 3), model=model, tokenizer=tiny.tokenizer(), task=tiny.words_task(), **data)
+    settings = replace(SETTINGS, strategy=Strategy(Initialize(measure=measure)))
+    words = {
+        "mmd": r"with their data to search by mmd, got \['old'\]",
+        "task_vector_cosine": "one initial prompt P0 for task vectors, got {'old': None, 'a'",
+        "proxy_a_distance": "at least 5 shots to search by proxy_a_distance",
+    }
+    with pytest.raises(InputError, match=words[measure]):
+        run(tiny, tmp_path / "out", settings, sources={"a": tiny.rows(20, 0)}, bank=bank)
+    if measure == "proxy_a_distance":
+        many = replace(settings, guard=Guard(folds=4))
+        with pytest.raises(InputError, match=r"prompts with 5 texts .* got \{'old': 3\}"):
+            run(tiny, tmp_path / "out", many, sources={}, bank=bank)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_of_few_rows_was_refused_after_the_others_were_tuned(tiny: ModuleType, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="at least 5 rows of source 'b', got 4"):
+        run(tiny, tmp_path / "out", sources={"a": tiny.rows(20, 0), "b": tiny.rows(4, 1)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_banked_prompts_with_nan_are_left_out(tiny: ModuleType, tmp_path: Path) -> None:
+    """The report of a run with one could not be written."""
+    model, bank = tiny.gpt2(dropout=0.0), PromptBank(tmp_path / "bank")
+    for seed, name in enumerate(("good", "bad")):
+        prompt = SoftPrompt(model, 3, seed=seed)
+        entry = bank.add(name, prompt, model=model, tokenizer=tiny.tokenizer(), task=tiny.words_task())
+    torch.nn.init.constant_(prompt.embeds, float("nan"))
+    prompt.save(entry.path)
+    result = run(tiny, tmp_path / "out", sources={}, bank=bank)
+    assert set(result.sources) == {"good"}
+    assert "finite numbers" in result.left_out["bad"]
+    write_report(tmp_path / "out", flow_report(result, tiny.words_task(), "t"))
+
+
+def test_other_options_of_the_target_were_refused_after_the_sources(
+    done: tuple[Any, Path], tiny: ModuleType, tmp_path: Path
+) -> None:
+    """What was killed of the sources was tuned again first."""
+    cut = tmp_path / "cut"
+    shutil.copytree(done[1], cut)
+    shutil.rmtree(cut / "sources" / "b")
+    with pytest.raises(InputError, match=r"expected strategy\.joint=None as in the transfer in .*target"):
+        run(tiny, cut, replace(SETTINGS, strategy=Strategy(joint=Joint())))
+    with pytest.raises(InputError, match=r"expected guard\.min_gain=0\.0 as in .*, got 0\.5$"):
+        run(tiny, cut, replace(SETTINGS, guard=Guard(folds=2, min_gain=0.5)))
+    assert not (cut / "sources" / "b").exists()
+
+
+def test_files_of_a_killed_write_stayed_for_ever(done: tuple[Any, Path], tiny: ModuleType, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(done[1], cut)
+    for folder in ("", "clean", "target", "target/fold-0"):
+        (cut / folder / ".tmp-plan.json-abcdefgh").write_text("{")
+    with exclusive(cut), pytest.raises(InputError, match="another run"):
+        run(tiny, cut)
+    assert len([*cut.rglob(".tmp-*")]) == 4
+    run(tiny, cut)
+    assert not [*cut.rglob(".tmp-*")]
+
+
+def test_a_label_without_shots_was_not_spoken_of(tiny: ModuleType, tmp_path: Path) -> None:
+    target = [row for row in tiny.rows(60, 2) if row["label"] == "pos"]
+    settings = replace(SETTINGS, control=False)
+    result = run(tiny, tmp_path, settings, target=target[:10], test=tiny.rows(20, 7))
+    assert result.unseen == ["neg"]
+    summary = flow_report(result, tiny.words_task(), "t").summary
+    assert any(line.startswith("No shot has the label neg: ") for line in summary)

@@ -133,7 +133,14 @@ def test_the_best_scratch_counts() -> None:
 
 @pytest.mark.parametrize(
     "bad",
-    [{"folds": 1}, {"min_gain": -1}, {"scratch_rates": ()}, {"scratch_rates": (1.0, 1.0)}, {"scratch_rates": (1e9,)}],
+    [
+        {"folds": 1},
+        {"min_gain": -1},
+        {"scratch_rates": ()},
+        {"scratch_rates": (1.0, 1.0)},
+        {"scratch_rates": (1e9,)},
+        {"scratch_rates": (1.0, 1.0000001)},  # both ran in one folder
+    ],
 )
 def test_settings_are_checked(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="expected"):

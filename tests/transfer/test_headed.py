@@ -205,3 +205,15 @@ def test_the_start_of_several_is_their_mean(world: World, tmp_path: Path) -> Non
     assert set(result.selected) == {"p0", "p1"}
     expected = weighted_mean([world.bank.entry(f"p{i}").load(world.model, world.tokens) for i in (0, 1)])
     assert weights(result.candidates["source"]) == weights(expected)
+
+
+def test_a_cosine_took_heads_of_other_labels_for_sources(world: World, tmp_path: Path) -> None:
+    """They were selected, and averaged with the others."""
+    bank, common = PromptBank(tmp_path / "bank"), {"model": world.model, "tokenizer": world.tokens}
+    other = SequenceClassificationTask(labels=("pos", "neg"))
+    for seed, task in ((SETTINGS.seed, other), (1, TASK), (2, TASK)):
+        bank.add(f"p{seed}", world.headed(seed, task.labels), task=task, **common)
+    strategy = Strategy(Initialize("mean", top_k=2, measure="mean_token_cosine"))
+    result = world.run(tmp_path / "out", strategy, bank=bank)
+    assert set(result.selected) == {"p1", "p2"}
+    assert "its head has the labels" in result.search.refused[f"p{SETTINGS.seed}"]

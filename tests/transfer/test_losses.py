@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from ptengine.backbone import patched
 from ptengine.data import ClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer, collate, load_rows
 from ptengine.errors import InputError
+from ptengine.prompts import DecomposedPrompt
 from ptengine.training import Trainer, TrainingConfig, TrainingResult
 from ptengine.training.step_loss import MicroBatch, StepInfo
 from ptengine.transfer.losses import TransferLoss
@@ -217,3 +218,17 @@ def test_joint_training_needs_a_source(tiny: ModuleType) -> None:
 def test_settings_are_checked_when_made(make: Any) -> None:
     with pytest.raises(InputError, match="expected"):
         make()
+
+
+def test_the_anchor_left_out_what_is_added_to_the_text(tiny: ModuleType) -> None:
+    """Of DePT the text's offsets, too, are numbers that the backbone reads."""
+    model = tiny.llama()
+    rows = tiny.words_task().encode(load_rows(tiny.rows(2)), tiny.tokenizer(), max_tokens=40).rows
+    start, prompt = (DecomposedPrompt(model, 3, rank=2) for _ in range(2))
+    torch.nn.init.normal_(start.right)
+    with torch.no_grad():
+        prompt.right.copy_(start.right * 1.5)
+    strategy = Strategy(anchor=Anchor(3.0), distill=Distill(0.0))
+    _, loss = part_losses(tiny, strategy, prompt, start, model, collate(rows))
+    size = start.embeds.square().sum() + start.offsets().square().sum()
+    assert loss.item() == pytest.approx(3 * ((0.5 * start.offsets()).square().sum() / size).item(), rel=1e-5)

@@ -18,8 +18,9 @@ from ptengine.data import EmbeddingTask, MaskedClassificationTask, Seq2SeqClassi
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
-from ptengine.transfer import Anchor, Distill, Guard, Initialize, Joint, PromptBank, Strategy, run, transfer
+from ptengine.transfer import Anchor, Distill, Guard, Initialize, Joint, PromptBank, SelfTrain, Strategy, run, transfer
 from ptengine.transfer.guard import Guess
+from ptengine.transfer.self_training import teach
 from ptengine.transfer.similarity import prompt_similarity
 
 SETTINGS = TrainingConfig(
@@ -287,3 +288,64 @@ def test_shots_of_a_dataset_mean_what_they_mean_in_training(world: Any, tiny: Mo
         for name, given in (("rows", rows), ("dataset", shots))
     )
     assert by_rows == by_dataset
+
+
+def test_too_few_shots_for_a_measure_came_to_light_after_training(world: Any, tmp_path: Path) -> None:
+    """The error was "expected at least one prompt to combine, got none", with the reason hidden."""
+    strategy = Strategy(Initialize(measure="proxy_a_distance"))
+    with pytest.raises(InputError, match=r"at least 5 shots to search by proxy_a_distance, in every fold .* got 4"):
+        world.run(tmp_path / "out", strategy=strategy, guard=Guard(folds=2))
+    assert not (tmp_path / "out").exists()
+    assert world.run(tmp_path / "whole", strategy=strategy).selected
+
+
+@pytest.mark.parametrize("measure", ["shot_loss", "mean_token_cosine"])
+def test_fewer_prompts_than_asked_for_were_combined(world: Any, tiny: ModuleType, tmp_path: Path, measure: str) -> None:
+    bank = PromptBank(tmp_path / "bank")
+    for name in ("p0", "p1"):
+        bank.take(world.bank.entry(name))
+    prompt = tiny.soft(world.model)
+    torch.nn.init.constant_(prompt.embeds, float("nan"))
+    prompt.save(bank.path / "p0")
+    strategy = Strategy(Initialize("mean", top_k=2, measure=measure))
+    with pytest.raises(InputError, match=f"top_k=2 prompts .* {measure} can rank, got 1; refused: .*'p0': .*finite"):
+        world.run(tmp_path / "out", bank=bank, strategy=strategy)
+    assert (tmp_path / "out").exists() == (measure == "mean_token_cosine")  # a prompt is tuned for it
+
+
+def test_a_fold_with_nothing_to_teach_ended_the_run(
+    world: Any, tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def sometimes(*asked: Any) -> Any:
+        calls.append(asked)
+        if len(calls) == 2:  # in a fold; before any training it is asked on all shots
+            raise InputError("sure of none")
+        return teach(*asked)
+
+    monkeypatch.setattr("ptengine.transfer.procedure.teach", sometimes)
+    texts = [{"text": row["text"]} for row in tiny.rows(6, 30)]
+    strategy = Strategy(self_train=SelfTrain(0.5, 0.0))
+    result = world.run(tmp_path / "out", guard=Guard(folds=2), strategy=strategy, unlabelled=texts)
+    assert len(calls) == 4
+    assert result.untaught == {"fold-0": "sure of none"}
+    assert result.taught.kept == 6
+    assert json.loads((tmp_path / "out" / "transfer.json").read_text())["untaught"] == result.untaught
+    never = replace(strategy, self_train=SelfTrain(0.5, 1.0))
+    with pytest.raises(InputError, match="expected an unlabelled text of which"):
+        world.run(tmp_path / "never", guard=Guard(folds=2), strategy=never, unlabelled=texts)
+    assert not (tmp_path / "never").exists()
+
+
+def test_another_plan_was_shown_whole(world: Any, tmp_path: Path) -> None:
+    """Two dictionaries of every setting, for one number that differs."""
+    world.run(tmp_path / "out", strategy=Strategy(anchor=Anchor(0.1)))
+    for words, more in (
+        (r"expected training\.max_steps=4 as in the transfer in '.*out', got 5$", {"training": {"max_steps": 5}}),
+        (r"expected strategy\.anchor\.weight=0\.1 as in .*, got 0\.2$", {"strategy": Strategy(anchor=Anchor(0.2))}),
+        (r"expected strategy\.anchor=\{'weight': 0\.1\} as in .*, got None$", {"strategy": Strategy()}),
+    ):
+        given = {"strategy": Strategy(anchor=Anchor(0.1))} | more
+        with pytest.raises(InputError, match=words):
+            world.run(tmp_path / "out", resume=True, **given)

@@ -72,3 +72,15 @@ def test_what_cannot_be_compared_is_refused(tiny: ModuleType) -> None:
         prompt_similarity("task_vector_cosine", one, other)
     with pytest.raises(InputError, match="expected a measure"):
         prompt_similarity("cosine", one, other)
+
+
+def test_numbers_that_are_not_finite_were_compared(tiny: ModuleType) -> None:
+    """The cosine was NaN, which ranks before every number."""
+    model = tiny.gpt2()
+    one, other = tiny.soft(model), tiny.soft(model, 1)
+    for value in (float("nan"), float("inf")):
+        with torch.no_grad():
+            other.embeds[1, 2] = value
+        for measure in (mean_token_cosine, token_cosine):
+            with pytest.raises(InputError, match="finite numbers, got NaN or infinity in its 'embeds'"):
+                measure(one, other)
