@@ -111,7 +111,7 @@ def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> 
     from ptengine.backbone import backbone_spec
     from ptengine.data import QuestionAnsweringTask, TokenClassificationTask, check_columns
     from ptengine.training import evaluate
-    from ptengine.training.preparation import encode, room_for_text, segments_of
+    from ptengine.training.preparation import encode, room_for_text
 
     columns = _text_columns(session)
     task: Any = session.task
@@ -131,9 +131,7 @@ def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> 
     rows = dataset.select_columns(list(columns)).add_column(column, answers)  # type: ignore[call-arg]
     spec = backbone_spec(session.model)
     room = room_for_text(spec, session.prompt, None)
-    split = encode(
-        task, rows, session.tokenizer, session.prompt, room, False, source, spec.vocab_size, segments_of(spec)
-    )
+    split = encode(task, rows, session.tokenizer, session.prompt, room, False, source, spec)
     return evaluate(session.model, session.prompt, task, split, session.tokenizer, batch_size=batch_size).predictions
 
 

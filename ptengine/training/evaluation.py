@@ -29,7 +29,6 @@ from ptengine.training.preparation import (
     check_prompt,
     encode,
     room_for_text,
-    segments_of,
 )
 from ptengine.training.run import HEAD_NAME
 
@@ -94,7 +93,7 @@ def evaluate(
     check_head(task, prompt)
     objective = make_objective(task, model, spec, tokenizer, bf16)
     room = room_for_text(spec, prompt, max_length)
-    rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec.vocab_size, segments_of(spec)).rows
+    rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec).rows
     check_batches(objective, len(rows), batch_size, name_of(data, "data"), "batch_size")
     if generate:
         _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens, task.backbone_kind == "seq2seq")

@@ -33,7 +33,6 @@ __all__ = [
     "encode",
     "for_task",
     "room_for_text",
-    "segments_of",
 ]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
@@ -143,11 +142,6 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
     return max_length or (room if reach is None else min(room, reach))
 
 
-def segments_of(spec: BackboneSpec) -> int | None:
-    """The segment ids that the backbone embeds; None where it reads none."""
-    return getattr(spec.base_model.config, "type_vocab_size", None) or None
-
-
 def encode(
     task: Task,
     data: DataSource,
@@ -156,8 +150,7 @@ def encode(
     max_tokens: int,
     truncation: bool,
     name: str,
-    vocab_size: int,
-    segments: int | None = None,
+    spec: BackboneSpec,
 ) -> EncodedSplit:
     """Read and encode `data`; errors call it by its path, or by `name` where it has none.
 
@@ -166,8 +159,8 @@ def encode(
 
     Raises:
         InputError: as `load_rows` and `Task.encode`; also a row whose target nothing stands before, unless `prompt` has
-            virtual tokens to predict it from; a token beyond the `vocab_size` words that the backbone embeds, or a
-            segment id beyond its `segments` (None takes any); and an encoded row that is too long.
+            virtual tokens to predict it from; a token or segment id beyond those that the backbone embeds; and an
+            encoded row that is too long.
     """
     source_name = name_of(data, name)
     if isinstance(data, EncodedSplit):
@@ -185,12 +178,13 @@ def encode(
             warnings.warn(
                 f"{source_name}: {split.truncated} of {len(split)} rows were cut to {max_tokens} tokens", stacklevel=3
             )
+    segments = getattr(spec.base_model.config, "type_vocab_size", None) or None  # where it reads any
     for row in split:
         highest = max([*row.input_ids, *(row.pair_ids or ())], default=0)
-        if highest >= vocab_size:
+        if highest >= spec.vocab_size:
             raise InputError(
-                f"{place(source_name, row.index)}: expected token ids below {vocab_size}, the words that the backbone "
-                f"embeds, got {highest}: is the tokenizer the backbone's own?"
+                f"{place(source_name, row.index)}: expected token ids below {spec.vocab_size}, the words that the "
+                f"backbone embeds, got {highest}: is the tokenizer the backbone's own?"
             )
         segment = max(row.token_type_ids or (), default=0)
         if segments is not None and segment >= segments:

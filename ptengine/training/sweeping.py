@@ -16,7 +16,7 @@ from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import copy_folder
-from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text, segments_of
+from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
 from ptengine.training.prompt_set import PromptSet, PromptSetResult
 from ptengine.training.resumption import Resume
 from ptengine.training.trainer import Trainer, TrainingResult
@@ -136,7 +136,7 @@ def sweep(
     spec = backbone_spec(model)
     room = room_for_text(spec, prompts[0], config.max_length)
     train, held = (
-        encode(task, data, tokenizer, prompts[0], room, config.truncation, name, spec.vocab_size, segments_of(spec))
+        encode(task, data, tokenizer, prompts[0], room, config.truncation, name, spec)
         for data, name in ((train_data, "train"), (eval_data, "eval"))
     )
     rates = [

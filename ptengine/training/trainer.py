@@ -49,7 +49,6 @@ from ptengine.training.preparation import (
     check_prompt,
     encode,
     room_for_text,
-    segments_of,
 )
 from ptengine.training.randomness import Generators, seed_everything
 from ptengine.training.resumption import PROMPT_NAME, Resume, require_exact, starting_point
@@ -174,15 +173,14 @@ class Trainer:
         check_checkpointing(spec, prompt, config.gradient_checkpointing)
         self._check_evaluation(eval_data is not None)
         room = room_for_text(spec, prompt, config.max_length)
-        sizes = (spec.vocab_size, segments_of(spec))
-        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train", *sizes).rows
+        self._train = encode(task, train_data, tokenizer, prompt, room, config.truncation, "train", spec).rows
         batch_size = config.per_device_train_batch_size
         check_batches(
             self._objective, len(self._train), batch_size, name_of(train_data, "train"), "per_device_train_batch_size"
         )
         self._eval: list[EncodedRow] = []
         if eval_data is not None:
-            self._eval = encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval", *sizes).rows
+            self._eval = encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval", spec).rows
             check_batches(
                 self._objective,
                 len(self._eval),

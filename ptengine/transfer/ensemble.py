@@ -216,7 +216,7 @@ def _checked(
     if len(kinds) > 1:
         raise InputError(f"expected prompts of one kind for an ensemble, got {' and '.join(kinds)}")
     room = min(room_for_text(spec, prompt, max_length) for prompt in prompts)
-    rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec.vocab_size).rows
+    rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec).rows
     return _Work(model, spec, lowered, heads, task, bound_words(task, tokenizer), rows, batch_size, bf16)
 
 

@@ -31,7 +31,7 @@ from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
-from ptengine.training.preparation import DataSource, encode, for_task, room_for_text, segments_of
+from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
 from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, check_name, weights_sha256
@@ -343,10 +343,10 @@ class _Work:
         if data.unlabelled is not None:
             named.append((self.task, "unlabelled", unlabelled_rows(self.task, data.unlabelled)))
         named += [(self.source_task, f"source {name}", rows) for name, rows in data.sources.items()]
-        cut, sizes = self.training.truncation, (spec.vocab_size, segments_of(spec))
+        cut = self.training.truncation
         for task, name, rows in named:
             name = f"{name} after cleaning"
-            encode(task, rows, self.tokenizer, fresh, room, cut, name, *sizes)
+            encode(task, rows, self.tokenizer, fresh, room, cut, name, spec)
 
     def of_target(self, folder: Path) -> TrainingConfig:
         """The runs on the target, with curves."""

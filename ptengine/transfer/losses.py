@@ -29,7 +29,7 @@ from ptengine.training import TrainingConfig
 from ptengine.training.encoder_objectives import SequenceObjective
 from ptengine.training.identity import fingerprint_rows
 from ptengine.training.objective import Objective, make_objective
-from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text, segments_of
+from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
 from ptengine.training.step_loss import LossPart, MicroBatch, StepInfo
 from ptengine.transfer.bank import weights_sha256
 from ptengine.transfer.self_training import SelfTrainTerm, Taught
@@ -172,8 +172,7 @@ class _Source:
         self.objective = make_objective(task, model, spec, tokenizer, config.bf16)
         self._task = task
         room = room_for_text(spec, prompt, config.max_length)
-        sizes = (spec.vocab_size, segments_of(spec))
-        self._rows = encode(task, data, tokenizer, prompt, room, config.truncation, "source", *sizes).rows
+        self._rows = encode(task, data, tokenizer, prompt, room, config.truncation, "source", spec).rows
         self._drawn = StepRows(len(self._rows), config)
 
     def identity(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ptengine.training import EvalResult, Trainer, TrainingConfig, TrainingResul
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.folders import clean_leftovers, write_folder
 from ptengine.training.identity import FREE_SETTINGS
-from ptengine.training.preparation import DataSource, encode, for_task, room_for_text, segments_of
+from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
 from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
 from ptengine.transfer.augmentation import Augmentation, AugmentationReport, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, Search, weights_sha256
@@ -271,8 +271,7 @@ class Procedure:
         spec = backbone_spec(self.model)
         room = room_for_text(spec, prompt, self.training.max_length)
         cut = self.training.truncation
-        sizes = (spec.vocab_size, segments_of(spec))
-        encode(self.task, rows, self.tokenizer, prompt, room, cut, "unlabelled", *sizes)
+        encode(self.task, rows, self.tokenizer, prompt, room, cut, "unlabelled", spec)
 
     def loss(self, start: Prompt, likeness: float = 1.0, taught: Taught | None = None) -> TransferLoss:
         return TransferLoss(

@@ -115,7 +115,7 @@ class _Lesson:
         self._objective = make_objective(lesson.task, model, spec, tokenizer, config.bf16)
         self._prompt, self._task = lesson.prompt, lesson.task
         self._rows = encode(
-            lesson.task, lesson.data, tokenizer, lesson.prompt, room, config.truncation, "lesson", spec.vocab_size
+            lesson.task, lesson.data, tokenizer, lesson.prompt, room, config.truncation, "lesson", spec
         ).rows
         self._drawn = StepRows(len(self._rows), config)
 

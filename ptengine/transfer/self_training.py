@@ -128,7 +128,7 @@ def teach(
     room = room_for_text(spec, teacher, config.max_length)
 
     def encoded(some: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
-        return encode(task, some, tokenizer, teacher, room, config.truncation, "unlabelled", spec.vocab_size).rows
+        return encode(task, some, tokenizer, teacher, room, config.truncation, "unlabelled", spec).rows
 
     asked = encoded(rows)
     words = 1 if bound is None or bound.single_token else len(bound.words)
