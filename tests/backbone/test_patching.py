@@ -279,7 +279,7 @@ def test_not_a_model() -> None:
 
 
 def test_a_compiled_wrapper_broke_every_other_model() -> None:
-    """It hands attributes on to the model inside, which was patched while the wrapper was noted: KeyErrors, for good."""
+    """It hands attributes on to the model inside: that was patched and the wrapper noted, with KeyErrors for good."""
     model, other = make("llama"), make("gpt2")
     wrapper = torch.compile(model)
     before = traces(model)
