@@ -440,5 +440,5 @@ def test_bad_arguments_are_one_clear_line(capsys):
 @needs_triton
 def test_an_unknown_name_is_one_clear_line(toy):
     assert toy["bad arguments"] == [2, 2]
-    assert "expected --targets of sm_80, sm_90, sm_100, gfx942, got sm_1" in toy["errors"]
+    assert "expected --targets of sm_80, sm_86, sm_90, sm_100, gfx942, got sm_1" in toy["errors"]
     assert "expected --only of toy, got nothing" in toy["errors"]
