@@ -61,6 +61,11 @@ def write_atomic(path: str | os.PathLike[str], content: Content) -> Path:
     return path
 
 
+def _temporary(name: str) -> str:
+    """What a temporary name for `name` begins with: a name that is all but too long leaves no room for a longer one."""
+    return f"{TEMPORARY_PREFIX}{name[:32]}-"
+
+
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """An error of the disk, which does not know whose bytes it had no room for, names the file."""
@@ -85,7 +90,7 @@ def write_together(directory: str | os.PathLike[str], contents: Mapping[str, Con
     staged: dict[str, str] = {}
     try:
         for name, content in contents.items():
-            handle, staged[name] = tempfile.mkstemp(prefix=f"{TEMPORARY_PREFIX}{name}-", dir=directory)
+            handle, staged[name] = tempfile.mkstemp(prefix=_temporary(name), dir=directory)
             with _naming(directory / name), os.fdopen(handle, "wb") as file:
                 if callable(content):
                     content(file)
@@ -196,8 +201,7 @@ def staged_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise InputError(f"expected a new or empty directory, got {str(path)!r}, which has files")
     parent = make_directory(target.parent)
     with _refusing(path):
-        # A name that is all but too long leaves no room for a longer one.
-        staging = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY_PREFIX}{target.name[:32]}-", dir=parent))
+        staging = Path(tempfile.mkdtemp(prefix=_temporary(target.name), dir=parent))
     try:
         yield staging
         for folder, _, names in os.walk(staging):

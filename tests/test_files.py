@@ -190,3 +190,9 @@ def test_the_longest_name_has_room_for_a_temporary_one(tmp_path):
     with staged_directory(tmp_path / ("a" * 255)):
         pass
     assert names(tmp_path) == ["a" * 255]
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "好" * 85])
+def test_a_file_with_the_longest_name_there_is_could_not_be_written(tmp_path, name):
+    assert write_atomic(tmp_path / name, b"all").read_bytes() == b"all"
+    assert names(tmp_path) == [name]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from ptengine.data import LabelledTask
     from ptengine.transfer import PromptBank
     from ptengine.transfer.flow import FlowSettings
+    from ptengine.transfer.identity import BackboneIdentity
 
 EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train.jsonl \
     --target fruit.csv --test test.csv --template 'Review: {text}\nGood or bad?' \
@@ -42,8 +43,6 @@ EXAMPLE = r"""  ptengine transfer --source phones.csv --source books=other/train
 
 METHODS = {"soft": "soft_prompt", "prefix": "prefix"}
 INITS = {"soft": "sampled_vocab", "prefix": "random"}
-
-_MOST_BYTES = 220  # of 255 in the name of a file, which has "source-" and a temporary name's parts besides
 
 _SET_HERE = (
     "output_dir", "max_steps", "num_train_epochs", "logging_steps", "disable_tqdm", "eval_strategy", "eval_steps",
@@ -174,6 +173,7 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.training import TrainingConfig
     from ptengine.transfer.flow import run_flow
     from ptengine.transfer.flow_report import flow_report
+    from ptengine.transfer.identity import identify
     from ptengine.transfer.report import write_report
 
     output = Path(args.output)
@@ -189,8 +189,7 @@ def run(args: argparse.Namespace) -> Outcome:
     device, dtype = pick_device(args.device), args.dtype or "float32"
     tokenizer, model = load_tokenizer(args.tokenizer, args.model), load_model(args.model, device, dtype, task)
     if bank is not None:
-        _like_the_bank(args, bank, model, tokenizer, task)
-        settings = _settings(args, training.seed)
+        settings = _like_the_bank(args, settings, bank, identify(model, tokenizer), task)
     result = run_flow(
         model, tokenizer, sources=sources, target=args.target, test=args.test, task=task, source_task=source_task,
         unlabelled=args.unlabelled, bank=bank, settings=settings, training=training,
@@ -233,19 +232,18 @@ def _bank(args: argparse.Namespace) -> PromptBank | None:
     return PromptBank(args.bank)
 
 
-def _like_the_bank(args: argparse.Namespace, bank: PromptBank, model: Any, tokenizer: Any, task: LabelledTask) -> None:
+def _like_the_bank(
+    args: argparse.Namespace, settings: FlowSettings, bank: PromptBank, present: BackboneIdentity, task: LabelledTask
+) -> FlowSettings:
     """Where they are not given, method and length are those of the bank's first prompt that can be a source."""
-    from ptengine.transfer.identity import identify
-
-    present = identify(model, tokenizer)
     short = {long: name for name, long in METHODS.items()}
-    cards = [entry.card for entry in bank.list() if entry.card.method in short]
-    for card in cards:
-        method = args.method or short[card.method]
-        if short[card.method] == method and card.refusal(present, task) is None:
-            args.method = method
-            args.num_virtual_tokens = args.num_virtual_tokens or card.num_virtual_tokens
-            return
+    for card in (entry.card for entry in bank.list()):
+        method = short.get(card.method)
+        if method is not None and args.method in (None, method) and card.refusal(present, task) is None:
+            length = args.num_virtual_tokens or card.num_virtual_tokens
+            guard = replace(settings.guard, scratch_init=INITS[method])
+            return replace(settings, method=card.method, num_virtual_tokens=length, init=INITS[method], guard=guard)
+    return settings
 
 
 def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
@@ -305,16 +303,17 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
 
 def _sources(given: list[str]) -> dict[str, str]:
     """Name to file; a name is what stands before ``=``, or the file's own without its ending."""
+    from ptengine.transfer.bank import check_name
+
     sources: dict[str, str] = {}
     for entry in given:
         name, equals, path = entry.partition("=")
         if not equals or os.path.exists(entry):  # which takes a name of any length, unlike that of Path
             name, path = _stem(entry), entry
-        if not re.fullmatch(r"\w[\w.-]{0,79}", name) or len(name.encode()) > _MOST_BYTES:
-            raise InputError(
-                f"expected --source NAME=FILE with a name of at most 80 letters, digits, '_', '-' or '.' and "
-                f"{_MOST_BYTES} bytes in UTF-8, got the name {name!r}"
-            )
+        try:
+            check_name(name)
+        except InputError as error:
+            raise InputError(f"--source NAME=FILE: {error}") from None
         if name in sources:
             raise InputError(f"expected --source files of different names (NAME=FILE gives one), got {name!r} twice")
         sources[name] = path

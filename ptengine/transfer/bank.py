@@ -51,7 +51,7 @@ INITIAL_NAME = "initial"
 DOMAIN_NAME = "domain.safetensors"
 
 _NAME = re.compile(r"\w[\w.-]{0,79}")
-_MOST_BYTES = 240  # of 255 in the name of a folder, whose temporary one has some more
+_MOST_BYTES = 240  # of 255 in the name of a file: source-NAME.jsonl, .old-NAME-12345678
 
 
 def check_name(name: Any) -> None:

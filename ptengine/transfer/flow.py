@@ -330,13 +330,14 @@ class _Work:
         labels = [str(row[self.task.label_column]) for row in data.shots]
         parts = folds(labels, len(labels), self.settings.guard.folds, self.training.seed)
         fresh = self.fresh()
+        first = weights_sha256(fresh.fold())
         spec = backbone_spec(self.model)
         texts = {entry.name: entry.card.domain_texts for entry in banked}
         starts = {entry.name: entry.card.initial_sha256 for entry in banked}
         for name, rows in data.sources.items():
             check_name(name)
             texts[name] = 0 if spec.kind == "seq2seq" else len(rows) - _held_rows(name, rows)
-            starts[name] = weights_sha256(fresh.fold())
+            starts[name] = first
         require_comparable(self.settings.strategy, texts, starts, min(len(kept) for kept, _ in parts))
         room = room_for_text(spec, fresh, self.training.max_length)
         named = [(self.task, "shots", data.shots), (self.task, "test", data.test)]

@@ -34,7 +34,7 @@ from ptengine.transfer.domains import DOMAIN_MEASURES, LEAST_TEXTS
 from ptengine.transfer.guard import SCRATCH, SOURCE, TRANSFERRED
 from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.losses import TransferLoss
-from ptengine.transfer.self_training import Taught, teach
+from ptengine.transfer.self_training import NothingTaught, Taught, teach
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity
 from ptengine.transfer.strategies import Guard, Initialize, Strategy, rate_name
 
@@ -192,7 +192,7 @@ class Procedure:
         student, taught, untaught = self, None, None
         try:
             taught = self.teach(start)
-        except InputError as error:
+        except NothingTaught as error:
             if not is_fold:
                 raise
             student, untaught = replace(self, strategy=replace(self.strategy, self_train=None)), str(error)

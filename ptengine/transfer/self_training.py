@@ -63,7 +63,11 @@ from ptengine.transfer.word_scores import (
     word_log_probs,
 )
 
-__all__ = ["SelfTrainTerm", "Taught", "teach", "unlabelled_rows"]
+__all__ = ["NothingTaught", "SelfTrainTerm", "Taught", "teach", "unlabelled_rows"]
+
+
+class NothingTaught(InputError):
+    """No text counts: the teacher is sure enough of none, or none has a changed copy."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def teach(
         config: its lengths, precision and evaluation batch size hold here, too.
 
     Raises:
-        InputError: the teacher is sure enough of no text, or no changed copy differs from it; as `training.evaluate`.
+        NothingTaught: the teacher is sure enough of no text, or no changed copy differs from it.
+        InputError: as `training.evaluate`.
     """
     spec, bound = backbone_spec(model), bound_words(task, tokenizer)
     room = room_for_text(spec, teacher, config.max_length)
@@ -147,7 +152,7 @@ def teach(
         log_p = torch.cat([said_of(part) for part in row_batches(asked, size)]).double().cpu()  # [n, C]
     sure = (log_p.max(dim=1).values.exp() >= settings.threshold).nonzero()[:, 0].tolist()
     if not sure:
-        raise InputError(
+        raise NothingTaught(
             f"expected an unlabelled text of which the source prompt is sure (threshold {settings.threshold:g}), got "
             f"none of {len(rows)}; of the clearest it is {float(log_p.max().exp()):.3f} sure"
         )
@@ -156,7 +161,7 @@ def teach(
     if settings.views is not None:
         views = augment([rows[i] for i in sure], text_columns(task), settings.views)
         if not views.rows:
-            raise InputError("expected changed copies of unlabelled texts to learn consistency from, got none")
+            raise NothingTaught("expected changed copies of unlabelled texts to learn consistency from, got none")
         readings, origins = encoded(views.rows), views.origins
     examples: list[tuple[list[int], list[float]]] = []
     made: list[EncodedRow] = []

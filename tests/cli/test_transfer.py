@@ -406,5 +406,5 @@ def test_a_source_s_name_of_too_many_bytes_failed_when_its_rows_were_written(
 ) -> None:
     arguments = [*command(world, tmp_path), "--verbalizer", "good= fine,bad= poor"]
     done = call(*arguments, "--source", f"{'𠀀' * 80}={world.train}")
-    assert (done.status, "220 bytes in UTF-8" in done.err) == (2, True), done.err
+    assert (done.status, "240 bytes in UTF-8" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()

@@ -20,7 +20,7 @@ from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import Trainer, TrainingConfig, evaluate
 from ptengine.transfer import Anchor, Distill, Guard, Initialize, Joint, PromptBank, SelfTrain, Strategy, run, transfer
 from ptengine.transfer.guard import Guess
-from ptengine.transfer.self_training import teach
+from ptengine.transfer.self_training import NothingTaught, teach
 from ptengine.transfer.similarity import prompt_similarity
 
 SETTINGS = TrainingConfig(
@@ -321,7 +321,7 @@ def test_a_fold_with_nothing_to_teach_ended_the_run(
     def sometimes(*asked: Any) -> Any:
         calls.append(asked)
         if len(calls) == 2:  # in a fold; before any training it is asked on all shots
-            raise InputError("sure of none")
+            raise NothingTaught("sure of none")
         return teach(*asked)
 
     monkeypatch.setattr("ptengine.transfer.procedure.teach", sometimes)
