@@ -160,13 +160,13 @@ def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: An
     """A defect of the test file must come to light before the training, not after it."""
     from ptengine.backbone import backbone_spec
     from ptengine.training.objective import make_objective
-    from ptengine.training.preparation import check_batches, encode, room_for_text
+    from ptengine.training.preparation import check_evaluation, encode, room_for_text
 
     spec = backbone_spec(model)
     room = room_for_text(spec, prompt, config.max_length)
     rows = encode(task, args.test, tokenizer, prompt, room, config.truncation, "test", spec).rows
     objective = make_objective(task, model, spec, tokenizer, config.bf16)
-    check_batches(objective, len(rows), config.per_device_eval_batch_size, args.test, "--per-device-eval-batch-size")
+    check_evaluation(objective, rows, config.per_device_eval_batch_size, args.test, "--per-device-eval-batch-size")
 
 
 def _prompt_options(args: argparse.Namespace, placed: int | None) -> dict[str, Any]:

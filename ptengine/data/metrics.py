@@ -23,6 +23,7 @@ IDEOGRAPHS = (
     "\U00020000-\U0003ffff"
 )
 """Ranges of a character class: Chinese characters and Japanese kana, without the punctuation among them."""
+_IDEOGRAPH = re.compile(rf"[{IDEOGRAPHS}]")
 _ANSWER_WORD = re.compile(rf"[{IDEOGRAPHS}]|[^\s{IDEOGRAPHS}]+")
 _BLEU_TOKENIZERS = ("13a", "zh", "intl", "char")
 
@@ -105,7 +106,9 @@ def answer_metrics(predictions: Sequence[str], references: Sequence[Sequence[str
     """Exact match and F1 of answers as SQuAD has them (Rajpurkar et al. 2016, arXiv 1606.05250), fractions from 0 to 1.
 
     Compared in lower case without punctuation, articles (a, an, the) and repeated blanks, with the best reference of
-    each row. F1 is that of the two bags of words; every Chinese character or Japanese kana is a word.
+    each row. F1 is that of the two bags of words; every Chinese character or Japanese kana is a word. Punctuation is
+    that of ASCII, as in SQuAD's script, and that of Chinese and Japanese; in a text with their characters also what
+    they share with other scripts (quotation marks, dashes, dots in the middle).
 
     Args:
         predictions: one text per row.
@@ -166,13 +169,14 @@ def _entities(labels: Sequence[str]) -> set[tuple[int, int, str]]:
 
 
 def _answer_words(text: str) -> list[str]:
-    kept = "".join(letter for letter in text.lower() if not _is_punctuation(letter))
+    least = "\u0080" if _IDEOGRAPH.search(text) else "\u3000"
+    kept = "".join(letter for letter in text.lower() if not _is_punctuation(letter, least))
     return _ANSWER_WORD.findall(re.sub(r"\b(a|an|the)\b", " ", kept))
 
 
-def _is_punctuation(letter: str) -> bool:
-    """As in SQuAD's own script, which knows ASCII, and that of Chinese and Japanese."""
-    return letter in string.punctuation or (letter >= "\u3000" and unicodedata.category(letter).startswith("P"))
+def _is_punctuation(letter: str, least: str) -> bool:
+    """In ASCII, or in Unicode from `least` on."""
+    return letter in string.punctuation or (letter >= least and unicodedata.category(letter).startswith("P"))
 
 
 def _bag_f1(one: Sequence[str], other: Sequence[str]) -> float:

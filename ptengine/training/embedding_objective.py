@@ -103,9 +103,14 @@ class LabelledEmbeddingObjective(EmbeddingObjective):
     metric_names: ClassVar[tuple[str, ...]] = (*EmbeddingObjective.metric_names, "average_precision", "roc_auc")
     default_metric: ClassVar[str] = "average_precision"
 
+    def check_evaluable(self, rows: Sequence[EncodedRow], source_name: str) -> None:
+        if all(row.class_id == 1 for row in rows):
+            raise InputError(
+                f"{source_name}: expected pairs that match and pairs that do not to evaluate on, got matching ones "
+                "alone"
+            )
+
     def _more_metrics(self, matches: list[bool], cosines: list[float]) -> dict[str, float]:
-        if len(set(matches)) < 2:
-            raise InputError("expected pairs that match and pairs that do not to evaluate on, got matching ones alone")
         from sklearn.metrics import average_precision_score, roc_auc_score
 
         return {

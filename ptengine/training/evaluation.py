@@ -23,7 +23,7 @@ from ptengine.training.freezing import frozen, head_parameters
 from ptengine.training.objective import EvalResult, make_objective
 from ptengine.training.preparation import (
     DataSource,
-    check_batches,
+    check_evaluation,
     check_head,
     check_places,
     check_prompt,
@@ -94,7 +94,7 @@ def evaluate(
     objective = make_objective(task, model, spec, tokenizer, bf16)
     room = room_for_text(spec, prompt, max_length)
     rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec).rows
-    check_batches(objective, len(rows), batch_size, name_of(data, "data"), "batch_size")
+    check_evaluation(objective, rows, batch_size, name_of(data, "data"), "batch_size")
     if generate:
         _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens, task.backbone_kind == "seq2seq")
     training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []

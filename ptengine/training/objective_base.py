@@ -70,6 +70,10 @@ class Objective(Protocol):
         """Mean loss of the batch, a scalar in fp32; differentiable in the prompt (and the head)."""
         ...
 
+    def check_evaluable(self, rows: Sequence[EncodedRow], source_name: str) -> None:
+        """Raise `InputError` where `rows` leave a metric undefined."""
+        ...
+
     def evaluate(
         self,
         prompt: Prompt | None,
@@ -92,6 +96,9 @@ class BaseObjective:
 
     def collate(self, rows: Sequence[EncodedRow]) -> PackedBatch:
         return collate(rows).to(self._device)
+
+    def check_evaluable(self, rows: Sequence[EncodedRow], source_name: str) -> None:
+        return
 
     def _autocast(self) -> torch.autocast:
         """Around the backbone only: prompts are lowered, and losses added up, in fp32."""

@@ -11,7 +11,7 @@ from datasets import Dataset
 
 from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, VirtualTokens
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.data import EncodedSplit, Task, load_rows
+from ptengine.data import EncodedRow, EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
 from ptengine.data.encoding import too_long
 from ptengine.data.sources import name_of
@@ -26,6 +26,7 @@ __all__ = [
     "DataSource",
     "check_batches",
     "check_checkpointing",
+    "check_evaluation",
     "check_head",
     "check_own_head",
     "check_places",
@@ -104,6 +105,14 @@ def check_batches(objective: Objective, num_rows: int, batch_size: int, source_n
             f"{source_name}: expected at least {least} rows, since texts find their pairs among the others of a batch, "
             f"got {num_rows}"
         )
+
+
+def check_evaluation(
+    objective: Objective, rows: Sequence[EncodedRow], batch_size: int, source_name: str, setting: str
+) -> None:
+    """As `check_batches`; also refuse rows on which a metric is undefined."""
+    check_batches(objective, len(rows), batch_size, source_name, setting)
+    objective.check_evaluable(rows, source_name)
 
 
 def check_checkpointing(spec: BackboneSpec, prompt: Prompt | None, gradient_checkpointing: bool) -> None:

@@ -44,6 +44,7 @@ from ptengine.training.preparation import (
     DataSource,
     check_batches,
     check_checkpointing,
+    check_evaluation,
     check_head,
     check_places,
     check_prompt,
@@ -181,9 +182,9 @@ class Trainer:
         self._eval: list[EncodedRow] = []
         if eval_data is not None:
             self._eval = encode(task, eval_data, tokenizer, prompt, room, config.truncation, "eval", spec).rows
-            check_batches(
+            check_evaluation(
                 self._objective,
-                len(self._eval),
+                self._eval,
                 config.per_device_eval_batch_size,
                 name_of(eval_data, "eval"),
                 "per_device_eval_batch_size",

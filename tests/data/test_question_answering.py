@@ -104,6 +104,7 @@ def test_metrics() -> None:
     assert answer_metrics(["《东京》的塔", "x"], [["东京塔。"], ["y"]]) == {
         "exact_match": 0.0, "f1": pytest.approx((2 * 3 / 7) / 2),
     }  # fmt: skip
+    assert answer_metrics(["“北京”——首都…", "“Ab”"], [["北京首都"], ["Ab"]]) == {"exact_match": 0.5, "f1": 0.5}
     assert answer_metrics(["", "the"], [["a"], ["b"]]) == {"exact_match": 0.5, "f1": 0.5}
 
 

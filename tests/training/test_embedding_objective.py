@@ -90,9 +90,13 @@ def test_it_trains_the_prompt_alone(tiny: ModuleType, tmp_path: Path, method: st
     assert result.best["average_precision"] == max(one["average_precision"] for one in result.evaluations)
 
 
-def test_one_kind_of_pairs_cannot_be_told_apart(tiny: ModuleType) -> None:
-    with pytest.raises(InputError, match="pairs that match and pairs that do not"):
-        evaluate(tiny.bert(BertModel), None, LABELLED, rows(tiny)[:5], tiny.tokenizer(special=True))
+def test_one_kind_of_pairs_cannot_be_told_apart(tiny: ModuleType, tmp_path: Path) -> None:
+    """A run came to its first evaluation before it was refused."""
+    model, tokens, data = tiny.bert(BertModel), tiny.tokenizer(special=True), rows(tiny)
+    with pytest.raises(InputError, match="data: expected pairs that match and pairs that do not"):
+        evaluate(model, None, LABELLED, data[:5], tokens)
+    with pytest.raises(InputError, match="eval: expected pairs that match and pairs that do not"):
+        tiny.trainer(tmp_path / "out", model, tiny.soft(model), LABELLED, data, data[:5], tokens)
 
 
 def test_a_text_without_others_in_its_batch(tiny: ModuleType, tmp_path: Path) -> None:
