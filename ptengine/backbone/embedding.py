@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptengine.backbone.encoders import encoder_hidden
+from ptengine.backbone.encoders import check_rows_of_text, encoder_hidden
 from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
 from ptengine.backbone.modes import Lowerable, eval_mode, lowered_as_used
 from ptengine.backbone.packing import PackedBatch, pack_rows
@@ -43,13 +43,10 @@ def text_embeddings(
         InputError: as `encoder_hidden`; also an empty row.
         UnsupportedModelError: as `encoder_hidden`.
     """
-    lengths = batch.cu_seqlens.diff().long()  # [B]
-    if bool((lengths == 0).any()):
-        raise InputError(f"expected rows of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
+    check_rows_of_text(batch)
     hidden = encoder_hidden(model, lowered, batch, prompt_ids=prompt_ids).float()  # [N, d]
-    lengths = lengths.to(hidden.device)
-    row_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=hidden.device), lengths)  # [N]
-    sums = hidden.new_zeros(len(lengths), hidden.shape[1]).index_add(0, row_of_token, hidden)  # [B, d]
+    row_of_token, lengths = (x.to(hidden.device) for x in (batch.row_of_token(), batch.cu_seqlens.diff()))  # [N], [B]
+    sums = hidden.new_zeros(batch.num_rows, hidden.shape[1]).index_add(0, row_of_token, hidden)  # [B, d]
     return torch.nn.functional.normalize(sums / lengths[:, None], dim=1)
 
 

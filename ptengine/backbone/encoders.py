@@ -21,6 +21,7 @@ from ptengine.backbone.step import PackedLoss, Prompts, text_hidden
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = [
+    "check_rows_of_text",
     "encoder_hidden",
     "masked_lm_logits",
     "masked_lm_loss",
@@ -67,7 +68,7 @@ def sequence_logits(
         UnsupportedModelError: as `encoder_hidden`; or the head reads more than the last hidden states.
     """
     spec = _spec_with_head(model, "a sequence-classification head")
-    _row_lengths(batch)
+    check_rows_of_text(batch)
     return sequence_head(model, text_hidden(spec, lowered, batch, prompt_ids=prompt_ids), batch)
 
 
@@ -77,11 +78,12 @@ def sequence_head(
     """The part of `sequence_logits` behind the last hidden states, fp [N, d] of the batch's tokens: [B, C].
 
     Args:
+        batch: rows of at least one token.
         weights: parameters that stand in for those of these names in the model's head; None for the model's own.
     """
     spec = _spec_with_head(model, "a sequence-classification head")
-    lengths = _row_lengths(batch)
-    slots, mask = dense_slots(lengths.to(hidden.device))
+    lengths = batch.cu_seqlens.diff().long().to(hidden.device)  # [B]
+    slots, mask = dense_slots(lengths, batch.max_seqlen, batch.num_tokens)
     dense = hidden.new_zeros(mask.numel(), hidden.shape[1]).index_copy(0, slots, hidden)  # [B * T, d]
     logits = head_output(
         model if weights is None else with_weights(model, weights), spec.base_model, spec.pooling,
@@ -189,12 +191,11 @@ def masked_lm_logits(
     return logits, batch.labels[wanted].to(logits.device)
 
 
-def _row_lengths(batch: PackedBatch) -> Tensor:
-    """int64 [B], each at least 1."""
-    lengths = batch.cu_seqlens.diff().long()  # [B]
+def check_rows_of_text(batch: PackedBatch) -> None:
+    """Refuse rows without a token."""
+    lengths = batch.cu_seqlens.diff()  # [B]
     if bool((lengths == 0).any()):
         raise InputError(f"expected rows of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
-    return lengths
 
 
 def _spec_with_head(model: Any, head: str) -> BackboneSpec:

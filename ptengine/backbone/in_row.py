@@ -66,8 +66,7 @@ def _batch(
     lengths = cu_seqlens.diff().long()[rows]  # [B]
     starts = cu_seqlens[:-1].long()[rows]  # [B]
     slots, mask = dense_slots(lengths)
-    within = slots - torch.repeat_interleave(torch.arange(len(rows), device=slots.device), lengths) * mask.shape[1]
-    places = torch.repeat_interleave(starts, lengths) + within  # [n]
+    places = starts[slots // mask.shape[1]] + slots % mask.shape[1]  # [n]
     batch = embeds.new_zeros(mask.numel(), embeds.shape[1]).index_copy(0, slots, embeds[places])  # [B * T, d]
     extra = {}
     if token_type_ids is not None:
@@ -79,15 +78,22 @@ def _batch(
     return places, hidden.flatten(0, 1)[slots]
 
 
-def dense_slots(lengths: Tensor) -> tuple[Tensor, Tensor]:
+def dense_slots(lengths: Tensor, longest: int | None = None, total: int | None = None) -> tuple[Tensor, Tensor]:
     """Where the tokens of rows of `lengths` int64 [B] stand in a batch padded behind them.
 
+    Args:
+        longest, total: the greatest of `lengths` and their sum; a GPU is waited for where they are not known.
+
     Returns:
-        slots int64 [sum of lengths] among B * T, and the batch's mask int64 [B, T].
+        slots int64 [total] among B * T, T being `longest`, and the batch's mask int64 [B, T].
     """
-    longest = int(lengths.max())
-    mask = torch.arange(longest, device=lengths.device) < lengths[:, None]  # [B, T]
-    return mask.flatten().nonzero()[:, 0], mask.long()
+    if longest is None or total is None:
+        longest, total = torch.stack([lengths.max(), lengths.sum()]).tolist()
+    device = lengths.device
+    mask = torch.arange(longest, device=device) < lengths[:, None]  # [B, T]
+    rows = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths, output_size=total)  # [total]
+    before = lengths.cumsum(0) - lengths  # [B], tokens of the rows before
+    return torch.arange(total, device=device) + rows * longest - before[rows], mask.long()
 
 
 def stock_hidden(base: Any, embeds: Tensor | None = None, **call: Any) -> Tensor:

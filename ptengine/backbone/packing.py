@@ -66,6 +66,11 @@ class PackedBatch:
     def num_tokens(self) -> int:
         return self.input_ids.numel()
 
+    def row_of_token(self) -> Tensor:
+        """The row that each token stands in: int64 [N]. N is known here, so that no GPU is waited for."""
+        rows = torch.arange(self.num_rows, device=self.cu_seqlens.device)
+        return torch.repeat_interleave(rows, self.cu_seqlens.diff().long(), output_size=self.num_tokens)
+
     def to(self, device: torch.device | str) -> PackedBatch:
         moved: dict[str, Any] = {
             f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor)
@@ -226,9 +231,9 @@ def sources_and_targets(batch: PackedBatch) -> tuple[PackedBatch, PackedBatch]:
     if batch.virtual_at is not None:
         raise InputError("expected sources behind their prompts, got a batch with virtual tokens inside its rows")
     lengths = batch.cu_seqlens.diff().long()  # [B]
-    starts = torch.repeat_interleave(batch.cu_seqlens[:-1].long(), lengths)  # [N]
-    within = torch.arange(batch.num_tokens, device=batch.input_ids.device) - starts  # [N]
-    is_source = within < torch.repeat_interleave(batch.source_lengths, lengths)  # [N]
+    row_of_token = batch.row_of_token()  # [N]
+    within = torch.arange(batch.num_tokens, device=lengths.device) - batch.cu_seqlens[:-1].long()[row_of_token]  # [N]
+    is_source = within < batch.source_lengths[row_of_token]  # [N]
     parts = []
     for chosen, sizes in ((is_source, batch.source_lengths), (~is_source, lengths - batch.source_lengths)):
         labels = None if batch.labels is None or chosen is is_source else batch.labels[chosen]

@@ -46,19 +46,20 @@ def places_in_rows(batch: PackedBatch, virtual: list[int], lengths: list[int]) -
     return places[present].flatten()  # [V]
 
 
-def row_order(cu_seqlens: Tensor, virtual_of_row: Tensor, places: Tensor) -> Tensor:
+def row_order(batch: PackedBatch, virtual_of_row: Tensor, places: Tensor) -> Tensor:
     """The order of V virtual tokens and N text tokens, numbered in that order, within their rows: int64 [V + N].
 
     Args:
-        cu_seqlens: int32 [rows + 1], of the texts.
+        batch: the texts.
         virtual_of_row: int64 [rows], virtual tokens of each row.
         places: int64 [V], from `places_in_rows`.
     """
-    lengths = cu_seqlens.diff().long()  # [rows]
-    numbers = torch.arange(len(lengths), device=cu_seqlens.device)  # [rows]
-    row_of_text = torch.repeat_interleave(numbers, lengths)  # [N]
-    within = torch.arange(len(row_of_text), device=cu_seqlens.device) - cu_seqlens[:-1].long()[row_of_text]  # [N]
-    row = torch.cat([torch.repeat_interleave(numbers, virtual_of_row), row_of_text])  # [V + N]
+    starts, device = batch.cu_seqlens[:-1].long(), places.device  # [rows]
+    numbers = torch.arange(batch.num_rows, device=device)  # [rows]
+    row_of_text = batch.row_of_token()  # [N]
+    within = torch.arange(batch.num_tokens, device=device) - starts[row_of_text]  # [N]
+    row_of_virtual = torch.repeat_interleave(numbers, virtual_of_row, output_size=places.numel())  # [V]
+    row = torch.cat([row_of_virtual, row_of_text])  # [V + N]
     # A virtual token at place t stands right before text token t.
     rank = torch.cat([2 * places, 2 * within + 1])  # [V + N]
-    return torch.argsort(row * (2 * lengths.max() + 2) + rank, stable=True)
+    return torch.argsort(row * (2 * batch.max_seqlen + 2) + rank, stable=True)

@@ -114,17 +114,17 @@ def seq2seq_hidden(
         raise InputError(f"expected targets of at least one token, got an empty row {int((lengths == 0).nonzero()[0])}")
     labels = targets.input_ids if targets.labels is None else targets.labels  # [N]
     wanted = labels != IGNORE_INDEX  # [N]
-    if not bool(wanted.any()):
+    labelled = wanted.nonzero()[:, 0]  # [n]
+    if labelled.numel() == 0:
         raise InputError("expected targets with at least one labelled token, got none")
     laid = source_rows(spec, lowered, sources, prompt_ids)
     _check_room(spec, laid.behind, lengths.tolist())
-    row_of_token = torch.repeat_interleave(torch.arange(sources.num_rows, device=device), lengths)  # [N]
-    hidden, places = [], []
-    for rows in laid.groups():
-        hidden.append(_group_hidden(model, laid, targets, rows, wanted))
-        places.append((torch.isin(row_of_token, rows) & wanted).nonzero()[:, 0])
+    row_of_token = targets.row_of_token()  # [N]
+    groups = [*laid.groups()]
+    places = [(torch.isin(row_of_token, rows) & wanted).nonzero()[:, 0] for rows in groups]
+    hidden = [_group_hidden(model, laid, targets, rows, wanted) for rows in groups]
     order = torch.cat(places).argsort()  # [n]
-    return LabelHidden(torch.cat(hidden)[order], labels[wanted], row_of_token[wanted])
+    return LabelHidden(torch.cat(hidden)[order], labels[labelled], row_of_token[labelled])
 
 
 def _check_room(spec: BackboneSpec, behind: list[int], lengths: list[int]) -> None:

@@ -95,8 +95,8 @@ def dense_rows(cu_seqlens: Tensor, rows: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Of some packed rows: where their tokens stand among all, where in a batch padded behind them, and its mask."""
     lengths = cu_seqlens.diff().long()[rows]  # [b]
     slots, mask = dense_slots(lengths)
-    within = slots % mask.shape[1]
-    return torch.repeat_interleave(cu_seqlens[:-1].long()[rows], lengths) + within, slots, mask
+    row, within = slots // mask.shape[1], slots % mask.shape[1]  # [n]
+    return cu_seqlens[:-1].long()[rows][row] + within, slots, mask
 
 
 def empty_cache(spec: BackboneSpec, size: int, batch: int) -> EncoderDecoderCache:

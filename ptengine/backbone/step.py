@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Any, cast
 
 import torch
@@ -24,13 +24,7 @@ from ptengine.backbone.heads import before_head
 from ptengine.backbone.in_row import run_in_row
 from ptengine.backbone.input_offsets import add_offsets, check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
-from ptengine.backbone.packing import (
-    IGNORE_INDEX,
-    PackedBatch,
-    check_vocabulary,
-    cut_rows,
-    read_back,
-)
+from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, check_vocabulary, cut_rows, read_back
 from ptengine.backbone.patching import cache_off, no_mask, require_patched
 from ptengine.backbone.placement import places_in_rows, row_order
 from ptengine.backbone.spec import BackboneSpec
@@ -81,6 +75,7 @@ class Layout:
     text: Tensor  # int64 [tokens]: where each token of the batch stands among the N
     row_of_token: Tensor  # int64 [tokens]: the row of the batch each token stands in
     before_text: Tensor  # int64 [rows]: the position that predicts a row's first token, -1 for none
+    prompt_of_row: Tensor  # int64 [rows]: the prompt of each row of the batch, -1 for none
     cu_seqlens: Tensor  # int32
     max_seqlen: int
     prefix_rows: Tensor | None  # int32
@@ -353,13 +348,16 @@ def lay_out(
     sizes = [prompt.num_positions for prompt in prompts]
     virtual = _virtual_of_rows(prompts, ids)
     text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
-    row_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=device), batch.cu_seqlens.diff().long())
-    virtual_of_row = torch.tensor(virtual, dtype=torch.int64, device=device)  # [rows]
+    row_of_token = batch.row_of_token()  # [tokens]
+    # What the host knows goes to the device at once, since a GPU is waited for each time.
+    known = (virtual, [0, *accumulate(sizes)], ids, [position for size in sizes for position in range(size)])
+    moved = torch.tensor([*chain(*known)], dtype=torch.int64).to(device).split([len(part) for part in known])
+    virtual_of_row, starts, prompt_of_row, own_positions = moved  # [rows], [N + 1], [rows], [sum P_n]
     within = torch.arange(batch.num_tokens, device=device) - batch.cu_seqlens[:-1].long()[row_of_token]  # [tokens]
     text_positions = virtual_of_row[row_of_token] + within  # [tokens]
     offsets = stack_offsets(prompts, text_embeds)  # [N + 1, S, d]
     if offsets is not None:
-        text_embeds = add_offsets(text_embeds, offsets, torch.tensor(ids, device=device)[row_of_token], within)
+        text_embeds = add_offsets(text_embeds, offsets, prompt_of_row[row_of_token], within)
     nothing = torch.full((len(lengths),), -1, dtype=torch.int64, device=device)  # [rows]
     if batch.virtual_at is not None and prompts and not isinstance(prompts[0], VirtualTokens):
         raise InputError(
@@ -373,6 +371,7 @@ def lay_out(
             text=torch.arange(batch.num_tokens, device=device),
             row_of_token=row_of_token,
             before_text=nothing,
+            prompt_of_row=prompt_of_row,
             cu_seqlens=batch.cu_seqlens,
             max_seqlen=batch.max_seqlen,
             prefix_rows=None,
@@ -382,42 +381,46 @@ def lay_out(
         for prompt in prompts
         if isinstance(prompt, VirtualTokens)
     ]
-    starts = torch.tensor([0, *sizes], device=device).cumsum(0)  # [N + 1], first virtual token of each prompt
-    prompt_of_row = torch.tensor(ids, device=device)  # [rows]
     if spec.kind == "causal" and spec.path == "shared" and batch.virtual_at is None:
         total = int(sum(sizes))
         last = torch.where(virtual_of_row > 0, starts[prompt_of_row + 1] - 1, nothing)  # [rows]
         return Layout(
             embeds=torch.cat([*embeds, text_embeds]),
-            positions=torch.cat([*(torch.arange(size, device=device) for size in sizes), text_positions]),
+            positions=torch.cat([own_positions, text_positions]),
             text=total + torch.arange(batch.num_tokens, device=device),
             row_of_token=row_of_token,
             before_text=last,
+            prompt_of_row=prompt_of_row,
             cu_seqlens=torch.cat([starts[:-1].to(torch.int32), batch.cu_seqlens + total]),
             max_seqlen=max([batch.max_seqlen, *sizes]),
             prefix_rows=torch.cat([torch.full_like(starts[:-1], -1), prompt_of_row]).to(torch.int32),
         )
     # Virtual tokens and text of every row, gathered from prompts and texts laid end to end.
     source = torch.cat([*embeds, text_embeds])  # [sum P_n + tokens, d]
-    begins = [0, *accumulate(sizes)]
-    spans = [torch.arange(begins[prompt], begins[prompt + 1], device=device) for prompt in ids if prompt >= 0]
-    entries = torch.cat([*spans, int(sum(sizes)) + torch.arange(batch.num_tokens, device=device)])  # [N]
-    order = row_order(batch.cu_seqlens, virtual_of_row, places_in_rows(batch, virtual, lengths))  # [N]
+    copies = sum(virtual)  # V, virtual tokens of all rows
+    shift = starts[prompt_of_row] - (virtual_of_row.cumsum(0) - virtual_of_row)  # [rows], from a row's to its prompt's
+    virtual_entries = torch.arange(copies, device=device) + torch.repeat_interleave(
+        shift, virtual_of_row, output_size=copies
+    )  # [V]
+    entries = torch.cat([virtual_entries, sum(sizes) + torch.arange(batch.num_tokens, device=device)])  # [N]
+    order = row_order(batch, virtual_of_row, places_in_rows(batch, virtual, lengths))  # [N]
     cu_seqlens = torch.nn.functional.pad((batch.cu_seqlens.diff() + virtual_of_row).cumsum(0), (1, 0)).to(torch.int32)
-    row_of_position = torch.repeat_interleave(torch.arange(len(lengths), device=device), cu_seqlens.diff().long())
     row_starts = cu_seqlens[:-1].long()  # [rows]
-    text = (order >= order.numel() - batch.num_tokens).nonzero()[:, 0]  # [tokens]
+    numbers = torch.arange(order.numel(), device=device)  # [N]
+    place = torch.empty_like(order).scatter_(0, order, numbers)  # [N], of each entry
+    row_of_position = torch.searchsorted(cu_seqlens[1:].long(), numbers, right=True)  # [N]
     leading = virtual_of_row  # [rows], virtual tokens before the text
     if batch.virtual_at is not None:
         leading = (batch.virtual_at == 0).sum(dim=1) * (virtual_of_row > 0)
     return Layout(
         embeds=source[entries[order]],
-        positions=torch.arange(order.numel(), device=device) - row_starts[row_of_position],
-        text=text,
+        positions=numbers - row_starts[row_of_position],
+        text=place[copies:],
         row_of_token=row_of_token,
         before_text=torch.where(leading > 0, row_starts + leading - 1, nothing),
+        prompt_of_row=prompt_of_row,
         cu_seqlens=cu_seqlens,
-        max_seqlen=int(cu_seqlens.diff().max()),
+        max_seqlen=max(own + length for own, length in zip(virtual, lengths, strict=True)),
         prefix_rows=None,
     )
 
@@ -444,10 +447,10 @@ def _run(
         device = layout.embeds.device
         given = [prompt for prompt in prompts if isinstance(prompt, KeyValuePrefix)]
         keys, values, lengths = stack_prefixes(given, device)
-        prompt_ids = torch.tensor(ids, dtype=torch.int32, device=device)
+        prompt_ids = layout.prompt_of_row.to(torch.int32)
     gated: tuple[GatedPart, ...] = ()
     if prompts and isinstance(prompts[0], GatedTokens):
-        gated = gated_parts(spec, prompts, torch.tensor(ids, device=layout.embeds.device)[layout.row_of_token])
+        gated = gated_parts(spec, prompts, layout.prompt_of_row[layout.row_of_token])
     context = PrefixContext(
         keys=keys,
         values=values,

@@ -81,7 +81,7 @@ def _of_rows(spec: BackboneSpec, prompt: TextDependentTokens, rows: list[int], b
         )
     slots, mask = dense_slots(lengths)  # [n], [b, T]
     starts = batch.cu_seqlens[:-1].long()[chosen]  # [b]
-    places = torch.repeat_interleave(starts, lengths) + slots % mask.shape[1]  # [n]
+    places = starts[slots // mask.shape[1]] + slots % mask.shape[1]  # [n]
     tokens: Tensor = spec.word_embeddings(batch.input_ids[places])  # [n, d]
     texts = tokens.new_zeros(mask.numel(), tokens.shape[1]).index_copy(0, slots, tokens)  # [b * T, d]
     # What computes the virtual tokens is part of the fp32 master, also where the backbone runs under autocast.
@@ -95,7 +95,7 @@ def _input_lengths(batch: PackedBatch, before_labels: bool) -> Tensor:
     lengths = batch.cu_seqlens.diff().long()  # [B]
     if batch.labels is None or not before_labels:
         return lengths
-    row_of_token = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)  # [N]
+    row_of_token = batch.row_of_token()  # [N]
     within = torch.arange(batch.num_tokens, device=lengths.device) - batch.cu_seqlens[:-1].long()[row_of_token]  # [N]
     candidates = torch.where(batch.labels != IGNORE_INDEX, within, lengths[row_of_token])  # [N]
     return lengths.scatter_reduce(0, row_of_token, candidates, "amin")  # a row without labels keeps its length

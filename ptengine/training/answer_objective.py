@@ -94,6 +94,6 @@ class AnswerObjective(HeadObjective):
 
 def _among_rows(logits: Tensor, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     """Log probabilities among each row's tokens, [B, T, 2] of logits [N, 2], and where there is one, bool [B, T, 1]."""
-    slots, mask = dense_slots(batch.cu_seqlens.diff().long())
+    slots, mask = dense_slots(batch.cu_seqlens.diff().long(), batch.max_seqlen, batch.num_tokens)
     dense = logits.new_full((mask.numel(), 2), -math.inf).index_copy(0, slots, logits)  # [B * T, 2]
     return dense.unflatten(0, mask.shape).log_softmax(dim=1), mask.bool()[:, :, None]
