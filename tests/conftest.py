@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -16,6 +17,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+def pytest_collection_finish() -> None:
+    """The garbage collector passes over what collection imported; each of the suite's many runs would walk through it
+    to settle it (`ptengine.garbage`), which took longer than their training."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

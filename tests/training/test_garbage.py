@@ -23,10 +23,11 @@ class Cycle:
 
 @pytest.fixture(autouse=True)
 def _nothing_frozen() -> Iterator[None]:
-    """As in most releases of Python; 3.12 starts with a few objects frozen."""
+    """As in most releases of Python; 3.12 starts with a few objects frozen, and the suite with all that it imported."""
     gc.unfreeze()
     yield
     gc.unfreeze()
+    gc.freeze()
 
 
 def test_old_objects_are_settled_and_new_cycles_collected() -> None:
