@@ -1,7 +1,8 @@
 """What benchmarks/gpu_suite.sh writes down: whether there is a GPU, and `summary.json`, stage by stage.
 
     gpu_report.py check DIR                  notes the machine; exit 2 and one line where it has no CUDA device
-    gpu_report.py status DIR STAGE           prints a stage's status in DIR/summary.json, or "none"
+    gpu_report.py status DIR STAGE           prints a stage's status in DIR/summary.json, or "none"; also "none" where
+                                             another revision, machine or release of torch or Triton had it
     gpu_report.py record DIR STAGE ...       adds a stage's result
     gpu_report.py finish DIR                 prints the summary; exit 1 if a stage failed, 3 if one was cut
 
@@ -23,6 +24,8 @@ SUMMARY = "summary.json"
 SKIPPED = 77  # exit status of a stage whose tool is missing
 OUT_OF_TIME = (124, 137)  # of `timeout`
 _LONGEST_MESSAGE = 600
+_TOLD_APART = ("git", "device", "driver", "python", "torch", "triton", "transformers")
+"""What of the environment a stage must share to count as run."""
 
 
 def check(folder: Path) -> int:
@@ -39,6 +42,17 @@ def check(folder: Path) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     write(folder, read(folder) | {"environment": found})
     return 0
+
+
+def status(folder: Path, stage: str) -> str:
+    summary = read(folder)
+    found = summary["stages"].get(stage)
+    return "none" if found is None or found.get("ran_on") != ran_on(summary) else str(found["status"])
+
+
+def ran_on(summary: dict[str, Any]) -> dict[str, Any]:
+    environment = summary.get("environment", {})
+    return {name: environment.get(name) for name in _TOLD_APART}
 
 
 def read(folder: Path) -> dict[str, Any]:
@@ -96,12 +110,12 @@ def record(options: argparse.Namespace) -> int:
         details["left_out"] = left_out_of(options.results)
     if options.note:
         details["notes"] = options.note
-    status = status_of(options.exit, details)
+    outcome = status_of(options.exit, details)
     summary = read(options.folder)
     figures = {"seconds": options.seconds, "budget_seconds": options.budget, "exits": options.exit}
-    summary["stages"][options.stage] = {"status": status, **figures, **details}
+    summary["stages"][options.stage] = {"status": outcome, **figures, **details, "ran_on": ran_on(summary)}
     write(options.folder, summary)
-    print(f"{options.stage}: {status} after {options.seconds} s of {options.budget} s")
+    print(f"{options.stage}: {outcome} after {options.seconds} s of {options.budget} s")
     return 0
 
 
@@ -139,7 +153,7 @@ def main() -> int:
     if options.verb == "check":
         return check(options.folder)
     if options.verb == "status":
-        print(read(options.folder)["stages"].get(options.stage, {}).get("status", "none"))
+        print(status(options.folder, options.stage))
         return 0
     return record(options) if options.verb == "record" else finish(options.folder)
 

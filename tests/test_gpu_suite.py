@@ -30,6 +30,8 @@ import op_timing
 import pytest
 import torch
 
+from ptengine.files import make_directory
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 STAGES = ["tests", "determinism", "sanitizer", "kernels", "end_to_end"]
 CPU = torch.device("cpu")
@@ -152,6 +154,15 @@ def test_a_failed_test_fails_the_stage_even_if_time_ran_out() -> None:
     assert gpu_report.status_of([124], {"failed": []}) == "cut"
     assert gpu_report.status_of([0, 77], {}) == "skipped"
     assert gpu_report.status_of([0, 77, 99], {}) == "failed"
+
+
+def test_what_another_revision_had_run_counted_as_run(suite: Suite) -> None:
+    """Its figures stood beside the new revision's name."""
+    for environment, asked in (({"git": "old"}, True), ({"git": "old", "load_average": 1.0}, False), ({}, True)):
+        summary = json.loads((suite.out / "summary.json").read_text()) if suite.out.exists() else {"stages": {}}
+        gpu_report.write(make_directory(suite.out), summary | {"environment": environment})
+        assert suite.run().returncode == 0
+        assert bool(suite.asked()) == asked
 
 
 def test_out_of_time_is_said(suite: Suite) -> None:

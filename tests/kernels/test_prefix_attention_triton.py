@@ -407,18 +407,19 @@ def test_strides_of_index_tensors_and_sinks_were_ignored() -> None:
 
     lengths = (5, 16, 0, 9)
     tensors = packed(lengths, dtype=torch.float32) + prefixes(3, 7, dtype=torch.float32)
-    sinks = noise(1, dtype=torch.float32).expand(tensors[0].shape[1])
+    sinks = noise(1, dtype=torch.float32).to(DEVICE).expand(tensors[0].shape[1])
     given = {"cu_seqlens": cumulative(lengths), "prompt_ids": index(0, 2, -1, 1), "prefix_lengths": index(7, 3, 1)}
     results = []
     for change in (strided, torch.clone):
-        changed = on_device({name: change(x) for name, x in given.items()} | {"sinks": sinks})
+        # On the device first: a move lays strided tensors out anew.
+        changed = {name: change(x) for name, x in on_device(given).items()} | {"sinks": sinks}
         inputs = [x.to(DEVICE).requires_grad_() for x in tensors]
         out = prefix_attention_varlen(*inputs, max_seqlen=16, backend="triton", **changed)
         assert isinstance(out, Tensor)
         results.append([out.detach(), *torch.autograd.grad(out.sum(), inputs)])
     assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
     exact = prefix_attention_varlen(*[x.double() for x in tensors], max_seqlen=16, backend="reference",
-                                    **(given | {"sinks": sinks}))  # fmt: skip
+                                    **(given | {"sinks": sinks.cpu()}))  # fmt: skip
     assert isinstance(exact, Tensor)
     torch.testing.assert_close(results[0][0].cpu().double(), exact, rtol=0, atol=1e-5)
 
@@ -427,7 +428,7 @@ def test_strides_of_index_tensors_and_sinks_were_ignored() -> None:
     dense = [
         prefix_attention(
             *[x.float().to(DEVICE) for x in (q, k, v)], None, None, backend="triton",
-            **on_device({name: change(x) for name, x in bounds.items()}),
+            **{name: change(x) for name, x in on_device(bounds).items()},
         )
         for change in (strided, torch.clone)
     ]  # fmt: skip
