@@ -377,6 +377,13 @@ class AttachedModel(nn.Module):
     def save_pretrained(self, *_: Any, **__: Any) -> None:
         raise InputError("expected prompt.save(directory): the model beside the prompt is frozen and as it was loaded")
 
+    def _get_name(self) -> str:
+        """The stock class, by whose name Trainer knows a causal model and shifts the labels that it smooths."""
+        return type(self._attachment.host.model).__name__
+
+    def __repr__(self) -> str:
+        return f"Attached{super().__repr__()}"
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._attachment.host.model._apply(fn, recurse)
         return super()._apply(fn, recurse)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone.encoders import check_rows_of_text, encoder_hidden
-from ptengine.backbone.lowering import KeyValuePrefix, LoweredPrompt, VirtualTokens
-from ptengine.backbone.modes import Lowerable, eval_mode, lowered_as_used
+from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.modes import Lowerable, eval_mode, lowered_for
 from ptengine.backbone.packing import PackedBatch, pack_rows
 from ptengine.backbone.patching import patched, require_patched
 from ptengine.backbone.step import Prompts
@@ -91,10 +91,7 @@ def _embed(
     model: Any, prompt: Any, texts: Sequence[str], tokenizer: Any, batch_size: int, max_length: int | None, cut: bool
 ) -> Tensor:
     spec = require_patched(model)
-    lowered = prompt
-    if prompt is not None and not isinstance(prompt, VirtualTokens | KeyValuePrefix):
-        prompt.facts.require_fits(spec, "the prompt")
-        lowered = lowered_as_used(prompt)
+    lowered = None if prompt is None else lowered_for(spec, prompt)
     room = spec.max_positions - (0 if lowered is None else lowered.num_virtual_tokens)
     limit = room if max_length is None else max_length
     if limit > room:

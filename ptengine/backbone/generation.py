@@ -22,7 +22,7 @@ from ptengine.backbone.generation_steps import with_prefix
 from ptengine.backbone.in_row_generation import generate_in_row
 from ptengine.backbone.input_offsets import check_reach, stack_offsets
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, LoweredPrompt, VirtualTokens
-from ptengine.backbone.modes import Lowerable, eval_mode, lowered_as_used
+from ptengine.backbone.modes import Lowerable, eval_mode, lowered_for
 from ptengine.backbone.packing import check_vocabulary, pack_rows
 from ptengine.backbone.patching import patched, require_patched
 from ptengine.backbone.seq2seq_generation import REFUSED, generate_targets
@@ -69,7 +69,8 @@ def generate(
             or None, as the prompt or in the list, for the frozen model alone.
         inputs: what is continued, or an encoder-decoder's sources: a text, texts, lists of token ids, an int64 tensor
             [B, T] without padding, or a mapping with `input_ids` and `attention_mask` [B, T], padded on any side. Every
-            input needs at least one token.
+            input needs at least one token. What the tokenizer puts behind a text (an EOS, if it does that) is left out
+            of one that is continued, as in training.
         tokenizer: needed for texts; also gives the padding token.
         generation_kwargs: of transformers' `generate` (max_new_tokens, do_sample, num_beams, ...). `max_length` counts
             text tokens, not virtual ones; an encoder-decoder's count those of the target. Assisted decoding
@@ -91,7 +92,7 @@ def generate(
     for name, reason in _REFUSED.items():
         if generation_kwargs.get(name) is not None:
             raise InputError(f"expected no {name}: {reason}")
-    ids, as_text = _token_rows(inputs, tokenizer)
+    ids, as_text = _token_rows(model, inputs, tokenizer)
     with patched(model), eval_mode(model):
         spec = require_patched(model)
         tokens = [token for row in ids for token in row]
@@ -121,12 +122,21 @@ def generate(
 
 
 def generate_in_batches(
-    model: Any, prompt: Lowerable | None, rows: Sequence[list[int]], tokenizer: Any, batch_size: int, **kwargs: Any
+    model: Any,
+    prompt: Lowerable | None,
+    rows: Sequence[list[int]],
+    tokenizer: Any,
+    batch_size: int,
+    ending: Sequence[int] = (),
+    **kwargs: Any,
 ) -> list[str]:
     """Continuations (or targets) of many rows of token ids, without special tokens, in the rows' order.
 
-    Rows of like length share a batch. Other arguments and errors as in `generate`.
+    Rows of like length share a batch, and a text ends at a token of `ending`, too: what the task closes its targets
+    with need not be what ends the model's texts. Other arguments and errors as in `generate`.
     """
+    if ending:
+        kwargs["eos_token_id"] = list(dict.fromkeys([*_end_tokens(model, kwargs), *ending]))
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     writes_targets = backbone_spec(model).kind == "seq2seq"
     texts = [""] * len(rows)
@@ -188,6 +198,9 @@ def _generate_in_row(
     virtual = [one for one in prompts if isinstance(one, VirtualTokens)]
     new = _new_tokens(model, max(len(row) for row in ids), kwargs)
     _check_length(spec, ids, [virtual[i] if i >= 0 else None for i in prompt_ids], new)
+    limit = _setting(model, kwargs, "max_length")
+    if limit is not None:  # rows that run without others' padding get one of their own
+        kwargs = kwargs | {"max_length": limit}
     return generate_in_row(model, spec, virtual, prompt_ids, ids, _padding_token(model, tokenizer, kwargs), kwargs)
 
 
@@ -248,7 +261,7 @@ def _with_cache(model: Any, spec: BackboneSpec, slots: int, kwargs: dict[str, An
     return model, kwargs | {"past_key_values": whole_cache(name, spec.num_layers, slots)}
 
 
-def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
+def _token_rows(model: Any, inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
     """Token ids of every input without padding, and whether texts were given."""
     as_text = False
     if isinstance(inputs, str):
@@ -277,6 +290,8 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
             raise InputError("expected a tokenizer to go with texts, got None")
         as_text = True
         rows = [list(tokenizer(text)["input_ids"]) for text in inputs]
+        if backbone_spec(model).kind != "seq2seq":  # whose sources stay closed
+            rows = [_continued(row, tokenizer, text) for row, text in zip(rows, inputs, strict=True)]
     else:
         for index, row in enumerate(inputs):
             if not isinstance(row, Sequence | Tensor):
@@ -292,6 +307,15 @@ def _token_rows(inputs: Inputs, tokenizer: Any) -> tuple[list[list[int]], bool]:
     return rows, as_text
 
 
+def _continued(tokens: list[int], tokenizer: Any, text: Any) -> list[int]:
+    """The tokens of a text without what the tokenizer has put behind it, where its continuation is to stand."""
+    own = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for end in range(len(tokens), len(own) - 1, -1):  # from behind: a text without tokens keeps its BOS
+        if tokens[end - len(own) : end] == own:
+            return tokens[:end]
+    return tokens
+
+
 def _lowered(spec: BackboneSpec, prompt: Any, batch: int) -> tuple[list[LoweredPrompt], list[int]]:
     """Every distinct prompt once, and the prompt of every row among them, -1 for none."""
     if prompt is None:
@@ -301,10 +325,7 @@ def _lowered(spec: BackboneSpec, prompt: Any, batch: int) -> tuple[list[LoweredP
         raise InputError(f"expected one prompt or one per input ({batch}), got {len(per_row)}")
     distinct = {id(one): one for one in per_row if one is not None}
     order = {key: index for index, key in enumerate(distinct)}
-    for one in distinct.values():
-        if not isinstance(one, LoweredPrompt):
-            one.facts.require_fits(spec, "the prompt")
-    lowered = [lowered_as_used(one) for one in distinct.values()]
+    lowered = [lowered_for(spec, one) for one in distinct.values()]
     return lowered, [-1 if one is None else order[id(one)] for one in per_row]
 
 
@@ -334,21 +355,30 @@ def _kept_prompts(
 
 
 def _padding_token(model: Any, tokenizer: Any, kwargs: dict[str, Any]) -> int:
-    """Padding is masked, so any token will do; the declared one is used where there is one."""
+    """The declared token where there is one, then what ends a text: padding stands behind ended rows, too."""
     candidates = (
         kwargs.get("pad_token_id"),
         getattr(kwargs.get("generation_config"), "pad_token_id", None),
         getattr(tokenizer, "pad_token_id", None),
         model.generation_config.pad_token_id,
         getattr(tokenizer, "eos_token_id", None),
+        *_end_tokens(model, kwargs),
     )
     return next((int(token) for token in candidates if token is not None), 0)
 
 
 def _setting(model: Any, kwargs: dict[str, Any], name: str) -> Any:
-    """A setting of a `generate` call: given by itself, in a configuration, or the model's own."""
-    config = kwargs.get("generation_config") or model.generation_config
-    return kwargs[name] if name in kwargs else getattr(config, name, None)
+    """A setting of a `generate` call: given by itself, in a configuration, or, where that has none, the model's own."""
+    if name in kwargs:
+        return kwargs[name]
+    given = getattr(kwargs.get("generation_config"), name, None)
+    return getattr(model.generation_config, name, None) if given is None else given
+
+
+def _end_tokens(model: Any, kwargs: dict[str, Any]) -> list[int]:
+    """The tokens at which a `generate` call ends a row; a number below zero is none."""
+    tokens = _setting(model, kwargs, "eos_token_id")
+    return [] if tokens is None else [token for token in torch.as_tensor(tokens).flatten().tolist() if token >= 0]
 
 
 def _new_tokens(model: Any, longest: int, kwargs: dict[str, Any]) -> int:

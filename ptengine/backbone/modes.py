@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
 from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.backbone.spec import BackboneSpec
+from ptengine.errors import InputError
 
-__all__ = ["Lowerable", "eval_mode", "lowered_as_used"]
+__all__ = ["Lowerable", "eval_mode", "lowered_as_used", "lowered_for"]
 
 
 class Lowerable(Protocol):
@@ -39,3 +41,17 @@ def lowered_as_used(prompt: Lowerable | LoweredPrompt) -> LoweredPrompt:
         return prompt.lower()
     with eval_mode(prompt):
         return prompt.lower()
+
+
+def lowered_for(spec: BackboneSpec, prompt: Any) -> LoweredPrompt:
+    """As `lowered_as_used`, of what a user hands over.
+
+    Raises:
+        InputError: it is no prompt, or one that was made for another backbone.
+    """
+    if not isinstance(prompt, LoweredPrompt):
+        facts = getattr(prompt, "facts", None)
+        if facts is None:
+            raise InputError(f"expected a ptengine prompt, got {type(prompt).__name__}")
+        facts.require_fits(spec, "the prompt")
+    return lowered_as_used(prompt)

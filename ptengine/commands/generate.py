@@ -20,6 +20,9 @@ EXAMPLE = """  ptengine generate --prompt out --text "You have won a free phone,
   ptengine generate --prompt out --column source="name[Aromi], food[Chinese]" --max-new-tokens 40
   ptengine generate --prompt out --data rows.jsonl --json"""
 
+# As the help says. What the model came with would stand in the place of any that is left out.
+_WRITING = {"max_new_tokens": 64, "num_beams": 1, "do_sample": False, "temperature": 1.0, "top_p": 1.0}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt_argument(parser)
@@ -67,8 +70,7 @@ def _writing_options(args: argparse.Namespace) -> dict[str, Any]:
             raise InputError(f"expected {option} above 0{' and at most 1' if high == 1 else ''}, got {value}")
         if value is not None and not args.do_sample:
             raise InputError(f"expected --do-sample with {option}, got {option} alone")
-    names = ("max_new_tokens", "num_beams", "do_sample", "temperature", "top_p")
-    return {name: getattr(args, name) for name in names if getattr(args, name) not in (None, False)}
+    return {name: getattr(args, name) for name in _WRITING if getattr(args, name) not in (None, False)}
 
 
 def _rows(args: argparse.Namespace, session: Session) -> Dataset:
@@ -159,7 +161,7 @@ def _write(
     from ptengine.training.preparation import room_for_text
 
     task: GenerationTask = session.task  # type: ignore[assignment]
-    options = {"max_new_tokens": 64, **options}
+    options = _WRITING | options
     is_pair = task.kind == "seq2seq"  # the encoder reads the text alone
     columns = plain_columns(dataset, task.template.columns, source)
     rows = encode_texts(
@@ -173,4 +175,5 @@ def _write(
         closed=is_pair,
     ).tokens
     torch.manual_seed(seed)
-    return generate_in_batches(session.model, session.prompt, rows, session.tokenizer, batch_size, **options)
+    ending = task.ending(session.tokenizer)
+    return generate_in_batches(session.model, session.prompt, rows, session.tokenizer, batch_size, ending, **options)

@@ -102,6 +102,19 @@ def test_bad_inputs() -> None:
         text_embeddings(model, None, pack_rows([[5], []]))
 
 
+def test_what_is_no_prompt_had_no_attribute_facts() -> None:
+    with pytest.raises(InputError, match="expected a ptengine prompt, got str"):
+        ptengine.embed(encoder(), "my-prompt", TEXTS, tokenizer())  # type: ignore[arg-type]
+
+
+def test_a_lowered_prompt_that_reads_the_text_was_taken_for_one_that_is_not_lowered() -> None:
+    model, tokens = encoder(), tokenizer()
+    prompt = ptengine.LoPAPrompt(model, 3).eval()
+    assert torch.equal(
+        ptengine.embed(model, prompt.lower(), TEXTS, tokens), ptengine.embed(model, prompt, TEXTS, tokens)
+    )
+
+
 def test_a_prompt_of_another_backbone_of_the_same_width() -> None:
     """Vectors and texts came out, and meant nothing."""
     torch.manual_seed(0)

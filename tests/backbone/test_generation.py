@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, GenerationConfig
 
 from ptengine.backbone import KeyValuePrefix, VirtualTokens, capture_prefix, generate, patched
 from ptengine.backbone import attention as attention_module
 from ptengine.errors import InputError
+from ptengine.prompts import SoftPrompt
 
+from ..training import tiny
 from .stock import CAUSAL, POSITIONS, Lowered, make, pad, prefix, random_rows, stories, virtual
 
 NEW = 8
@@ -238,6 +241,44 @@ def test_the_real_model(shared: Path, kind: str) -> None:
             assert beams[2 * index : 2 * index + 2] == tokenizer.batch_decode(exact, skip_special_tokens=True)
 
 
+@pytest.mark.parametrize("ahead", ["", "[CLS] "])
+def test_a_text_was_continued_behind_the_eos_of_its_tokenizer(ahead: str) -> None:
+    """Training and evaluation leave it out, and so wrote another text than `generate`; a source keeps it."""
+    tokens, text = tiny.tokenizer(True), "film song it"
+    tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{ahead}$A [EOS]", special_tokens=[("[CLS]", 2), ("[EOS]", 1)]
+    )
+    ids = tokens(text)["input_ids"]
+    assert ids[-1] == 1
+    options = {"max_new_tokens": NEW, "do_sample": False} | {"eos_token_id": None}
+    for model, row in ((tiny.gpt2(), ids[:-1]), (tiny.t5(), ids)):
+        written = generate(model, tiny.soft(model), [row], **options)
+        (found,) = generate(model, tiny.soft(model), [text], tokens, **options)
+        start = 0 if model.config.is_encoder_decoder else len(row)
+        assert found == tokens.decode(written[0, start:], skip_special_tokens=True)
+    if ahead:  # and a text without tokens is still continued from its BOS
+        tokens.backend_tokenizer.post_processor = processors.TemplateProcessing(
+            single="[CLS] $A", special_tokens=[("[CLS]", 2)]
+        )
+        assert generate(tiny.gpt2(), None, "", tokens, **options)
+
+
+def test_ended_rows_were_padded_with_a_word() -> None:
+    """Token 0, where nothing declares a padding token; the stock `generate` takes the first that ends a row."""
+    model, rows = make("gpt2"), random_rows(5, 5)
+    model.generation_config.pad_token_id = None
+    prompt = SoftPrompt(model, init="array", array=virtual(6).embeds.detach())
+    options: dict[str, Any] = {"max_new_tokens": NEW, "do_sample": False}
+    end = int(generate(model, prompt, rows, **options)[0, 6])
+    with prompt.attached(model):
+        exact = model.generate(torch.tensor(rows), attention_mask=torch.ones(2, 5), eos_token_id=[end, 3], **options)
+    assert exact[0, 7:].tolist() == [end] * (exact.shape[1] - 7)
+    assert exact.shape[1] > 8
+    assert torch.equal(generate(model, prompt, rows, eos_token_id=[end, 3], **options), exact)
+    asked = GenerationConfig(eos_token_id=[end, 3], **options)
+    assert torch.equal(generate(model, prompt, rows, generation_config=asked), exact)
+
+
 def test_length_limit(model: Any) -> None:
     """Prompt, text and new tokens may use every position and not one more."""
     rows, prompt = random_rows(50, 3), virtual(6)
@@ -286,6 +327,8 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "too few prompts": (
         lambda m: generate(m, [virtual(3)], [[5], [6]]), r"one prompt or one per input \(2\), got 1"
     ),
+    # An AttributeError of Python's.
+    "a path for a prompt": (lambda m: generate(m, "my-prompt", [[5]]), "expected a ptengine prompt, got str"),
     "width of the prompt": (lambda m: generate(m, virtual(3, width=4), [[5]]), "width 48, got 4"),
     "positions": (lambda m: generate(m, virtual(3), [[5]], position_ids=torch.zeros(1, 1)), "no position_ids"),
     "embeddings": (lambda m: generate(m, virtual(3), [[5]], inputs_embeds=torch.zeros(1)), "no inputs_embeds"),

@@ -399,3 +399,42 @@ def test_the_padding_of_a_configuration_that_is_given(family: str) -> None:
     assert found[0, 5:].tolist() == [end, *[55] * (found.shape[1] - 6)]
     assert found[1, :2].tolist() == [55, 55]
     assert asked.pad_token_id == 55
+
+
+def test_what_a_given_configuration_leaves_open_was_read_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The stock `generate` takes the model's own then: 60 new tokens, not 20, in the places counted for 20."""
+    model, asked, rows = make("gpt2"), GenerationConfig(do_sample=False), random_rows(5, 5)
+    model.generation_config.max_new_tokens = 60
+    with pytest.raises(InputError, match="5 tokens of text and 60 new ones"):
+        generate(model, virtual(4), rows, generation_config=asked)
+    model.generation_config.max_new_tokens, model.generation_config.num_beams = 2, 4
+    seen = []
+    monkeypatch.setattr(
+        "ptengine.backbone.generation.decodes", lambda model, spec, settings: seen.append(settings("num_beams"))
+    )
+    assert generate(model, virtual(4), random_rows(50, 50), generation_config=asked).shape == (2, 52)
+    assert seen == [4]
+
+
+def test_a_static_cache_of_a_configuration_had_too_few_slots() -> None:
+    """20 behind windows, where the model's own configuration has it write 30."""
+    model, rows, prompt = make_windowed("mistral"), random_rows(5, 3), virtual(4)
+    model.generation_config.max_new_tokens, model.generation_config.eos_token_id = 30, None
+    exact = generate(model, prompt, rows, do_sample=False, cache_implementation="static")
+    asked = GenerationConfig(do_sample=False, cache_implementation="static")
+    assert exact.shape == (2, 35)
+    assert torch.equal(generate(model, prompt, rows, generation_config=asked), exact)
+
+
+@pytest.mark.filterwarnings("ignore:model type 'bart'")
+def test_a_longest_text_of_a_configuration_is_that_of_every_row() -> None:
+    """Rows that run without others' padding were given as many new tokens more."""
+    model, rows = make_windowed("bart"), random_rows(9, 3)
+    prompt = virtual(4, width=model.config.hidden_size)
+    exact = generate(model, prompt, rows, max_length=12, do_sample=False, **NEVER_ENDS)
+    assert exact.shape == (2, 12)
+    model.generation_config.eos_token_id = None
+    asked = GenerationConfig(max_length=12, do_sample=False)
+    assert torch.equal(generate(model, prompt, rows, generation_config=asked), exact)
+    model.generation_config.max_length = 12
+    assert torch.equal(generate(model, prompt, rows, do_sample=False), exact)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import cross_entropy
 from transformers import Trainer as TransformersTrainer
 from transformers import TrainingArguments
 
@@ -119,3 +120,19 @@ def test_the_losses_of_our_trainer(train: Any, kind: str, tmp_path: Path, monkey
     assert losses[0] - losses[-1] > 0.1
     for ours, theirs in zip(trained.parameters(), prompt.parameters(), strict=True):
         assert relative(theirs, ours) < 1e-3
+
+
+def test_smoothed_labels_stood_one_token_too_early(tmp_path: Path) -> None:
+    """Trainer shifts them for models it knows by name, which the wrapper had none of: the prompt learnt to copy."""
+    model, draw = tiny.llama(), torch.Generator().manual_seed(0)
+    ids = torch.randint(5, tiny.SIZE, (STEPS * BATCH, 6), generator=draw)
+    rows = [{"input_ids": row, "labels": [HIDE, *row[1:]]} for row in ids.tolist()]
+    with tiny.soft(model).attached(model) as both:
+        with torch.no_grad():
+            logits = model(ids[:BATCH]).logits[:, :-1]  # [B, T - 1, V]
+        arguments = TrainingArguments(**settings(tmp_path) | {"max_steps": 1, "label_smoothing_factor": 0.1})
+        trainer = in_order(TransformersTrainer)(both, arguments, collate, train_dataset=rows)
+        assert (type(both).__name__, repr(both)[:25]) == ("AttachedLlamaForCausalLM", "AttachedLlamaForCausalLM(")
+        (found,) = logged(trainer)
+    exact = cross_entropy(logits.flatten(0, 1), ids[:BATCH, 1:].flatten(), label_smoothing=0.1)
+    assert found == pytest.approx(exact.item(), abs=1e-4)
