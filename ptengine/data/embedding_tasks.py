@@ -31,7 +31,8 @@ class EmbeddingTask:
     micro-batch (van den Oord et al. 2018, arXiv 1807.03748; Gao et al. 2021, arXiv 2104.08821): large batches make it
     harder, and gradient accumulation does not. A batch has two rows at least: the last row of an epoch joins the batch
     before it where it would be alone. The b of a pair that does not match stands among the texts that are not to be
-    found; such a row has no loss of its own. Embeddings are those of `ptengine.embed`.
+    found; such a row has no loss of its own, and the loss of a step is the mean over its pairs that match (0 without
+    any). Embeddings are those of `ptengine.embed`.
 
     Attributes:
         text_column, text_pair_column: a and b, each a text by itself with the tokenizer's special tokens.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset
@@ -177,10 +178,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     nothing.
 
     Raises:
-        InputError: it does more to a text than that.
+        InputError: it does more to a text than that, or makes tokens of none.
     """
-    probe = "a"
-    bare: list[int] = tokenizer(probe, add_special_tokens=False)["input_ids"]
+    probe, bare = _probe(tokenizer)
     full: list[int] = tokenizer(probe, add_special_tokens=True)["input_ids"]
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
@@ -188,6 +188,20 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     raise InputError(
         f"expected a tokenizer that only adds special tokens around a text, got {type(tokenizer).__name__}, which "
         f"turns {probe!r} into {full} with them and {bare} without"
+    )
+
+
+def _probe(tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
+    """A text that has tokens of its own, and those: a letter, or a token of a vocabulary without it."""
+    around = tokenizer("")["input_ids"]
+    others = sorted(set(tokenizer.get_vocab().values()).difference(around))
+    for text in chain("a", (str(tokenizer.decode([token])) for token in others)):
+        [bare] = token_lists(tokenizer, [text])
+        if bare:
+            return text, bare
+    raise InputError(
+        f"expected a tokenizer that makes tokens of a text, got {type(tokenizer).__name__}, which makes none even of "
+        "those of its vocabulary"
     )
 
 

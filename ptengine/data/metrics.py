@@ -16,7 +16,7 @@ from typing import Any
 from ptengine.data.cells import described, place
 from ptengine.errors import InputError
 
-__all__ = ["answer_metrics", "classification_metrics", "entity_metrics", "generation_metrics"]
+__all__ = ["answer_metrics", "check_bleu_tokenizer", "classification_metrics", "entity_metrics", "generation_metrics"]
 
 IDEOGRAPHS = (
     "\u2e80-\u2fff\u3005-\u3007\u3021-\u302f\u3031-\u303c\u3041-\u309f\u30a1-\u30fa\u30fc-\u9fff\uf900-\ufaff"
@@ -79,8 +79,7 @@ def generation_metrics(
             tokenizer.
     """
     _check_lengths(references, predictions, "rows of references")
-    if bleu_tokenizer not in _BLEU_TOKENIZERS:
-        raise InputError(f"expected bleu_tokenizer among {', '.join(_BLEU_TOKENIZERS)}, got {bleu_tokenizer!r}")
+    check_bleu_tokenizer(bleu_tokenizer)
     for index, (prediction, texts) in enumerate(zip(predictions, references, strict=True)):
         if not isinstance(prediction, str):
             raise InputError(f"{place('predictions', index)}: expected text, got {described(prediction)}")
@@ -100,6 +99,11 @@ def generation_metrics(
     rouge = sum(scorer.score_multi(list(texts), text)["rougeL"].fmeasure for text, texts in pairs) / len(pairs)
     exact = sum(text.strip() in {reference.strip() for reference in texts} for text, texts in pairs) / len(pairs)
     return {"bleu": float(bleu), "chrf": float(chrf), "rouge_l": float(rouge), "exact_match": exact}
+
+
+def check_bleu_tokenizer(name: object) -> None:
+    if name not in _BLEU_TOKENIZERS:
+        raise InputError(f"expected bleu_tokenizer among {', '.join(_BLEU_TOKENIZERS)}, got {name!r}")
 
 
 def answer_metrics(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:

@@ -44,6 +44,7 @@ __all__ = [
     "VerbalizedTask",
     "head_labels",
     "placed_virtual_tokens",
+    "row_labels",
     "text_columns",
     "trains_head",
 ]
@@ -356,6 +357,17 @@ class SequenceClassificationTask:
 
 LabelledTask: TypeAlias = VerbalizedTask | SequenceClassificationTask
 """A row has one of the task's labels, which a model says by a word or by a head."""
+
+
+def row_labels(task: LabelledTask, dataset: Dataset, source_name: str) -> list[str]:
+    """The label of every row.
+
+    Raises:
+        InputError: there is no column of labels, or a row has none of the task's.
+    """
+    column = task.label_column
+    values = plain_columns(dataset, (column,), source_name)[column]
+    return [task.labels[i] for i in class_ids(dataset, values, column, task.labels, source_name)]
 
 
 def text_columns(task: Task) -> tuple[str, ...]:

@@ -106,19 +106,20 @@ class TokenClassificationTask:
         if over and not truncation:
             detail = f"{special} special ones among them, and truncation is off"
             raise too_long(source_name, over[0], len(owners[over[0]]), max_tokens, detail)
-        if over:
-            encoded = tokenizer(words, truncation=True, max_length=max_tokens, **options)
         segments = encoded.get("token_type_ids")
-        rows = [
-            EncodedRow(
-                input_ids=tokens,
-                labels=_at_first_tokens(encoded.word_ids(index), classes[index]),
-                index=index,
-                prompt_length=len(tokens),
-                token_type_ids=None if segments is None else segments[index],
+        rows = []
+        for index, tokens in enumerate(encoded["input_ids"]):
+            kept = _kept(owners[index], max_tokens)  # tokenizers with truncation_side="left" cut the first words
+            labels = _at_first_tokens(owners[index], classes[index])
+            rows.append(
+                EncodedRow(
+                    input_ids=[tokens[i] for i in kept],
+                    labels=[labels[i] for i in kept],
+                    index=index,
+                    prompt_length=len(kept),
+                    token_type_ids=None if segments is None else [segments[index][i] for i in kept],
+                )
             )
-            for index, tokens in enumerate(encoded["input_ids"])
-        ]
         for row in rows:
             if all(label == IGNORE_INDEX for label in row.labels):
                 raise InputError(
@@ -155,6 +156,13 @@ class TokenClassificationTask:
                 )
             classes.append(self.labels.index(name))
         return classes
+
+
+def _kept(owners: list[int | None], most: int) -> list[int]:
+    """Positions of a row's tokens without the last ones of its words that are too many; special tokens stay."""
+    of_words = [position for position, owner in enumerate(owners) if owner is not None]
+    cut = {*of_words[len(of_words) - max(len(owners) - most, 0) :]}
+    return [position for position in range(len(owners)) if position not in cut]
 
 
 def _at_first_tokens(owners: list[int | None], classes: list[int]) -> list[int]:

@@ -48,12 +48,12 @@ class EmbeddingObjective(BaseObjective):
         return pack_rows([*(row.input_ids for row in rows), *pairs], row_labels=[*matches, *matches]).to(self._device)
 
     def count_labels(self, batch: PackedBatch) -> int:
-        return batch.num_rows // 2
+        return int(_matches(batch).sum())
 
     def loss(self, prompt: Prompt | None, batch: PackedBatch, label_smoothing: float) -> Tensor:
-        """Mean over the pairs; one that does not match adds nothing of its own."""
-        texts, pairs = self._embed(prompt, batch)
-        return self._sum(texts, pairs, _matches(batch), label_smoothing) / len(texts)
+        """Mean over the pairs that match; 0 without any."""
+        matches = _matches(batch)
+        return self._sum(*self._embed(prompt, batch), matches, label_smoothing) / matches.sum().clamp(min=1)
 
     @torch.no_grad()
     def evaluate(

@@ -223,8 +223,9 @@ class Run:
         self._groups = self._next_group()
         batches = [self._objective.collate([self._train_rows[i] for i in group]) for group in self._groups]
         counts = [self._objective.count_labels(batch) for batch in batches]
+        total = max(sum(counts), 1)  # pairs may all be such that do not match
         micro = [
-            MicroBatch(batch, group, count, count / sum(counts))
+            MicroBatch(batch, group, count, count / total)
             for batch, group, count in zip(batches, self._groups, counts, strict=True)
         ]
         if self._prompt is not None:

@@ -196,7 +196,7 @@ class Trainer:
         self._total_steps = (
             config.max_steps
             if config.max_steps != -1
-            else math.ceil(round(config.num_train_epochs * self._steps_per_epoch, 6))
+            else max(math.ceil(round(config.num_train_epochs * self._steps_per_epoch, 6)), 1)
         )
         warmup_steps(config, self._total_steps)
 

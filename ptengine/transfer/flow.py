@@ -26,6 +26,7 @@ from ptengine.data import LabelledTask, VerbalizedTask, text_columns
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory, write_json_atomic, write_together
+from ptengine.garbage import settled_objects
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
@@ -177,7 +178,7 @@ def run_flow(
         files |= data.files()
     work.check(data, banked)
     _check_clean(output / "clean", files)
-    with exclusive(make_directory(output)):
+    with exclusive(make_directory(output)), settled_objects():  # once for all runs
         _hold_prompts(output / "flow.json", [*sources], banked, settings.pool_sources)
         work.check_target(data, output / "target")
         clean_leftovers(make_directory(output / "clean"))

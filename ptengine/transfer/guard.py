@@ -28,7 +28,7 @@ class HeldOut:
     """What one candidate did on all shots, each scored while it was held back.
 
     Attributes:
-        loss: mean in nats.
+        loss: mean in nats, over shots; of tasks without labels over tokens.
         correct: per shot, 1.0 where it was labelled right; None for tasks without labels.
     """
 
@@ -89,10 +89,20 @@ def folds(labels: Sequence[str] | None, count: int, parts: int, seed: int) -> li
     return [(train.tolist(), held.tolist()) for train, held in cut]
 
 
-def pooled(parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None]]) -> HeldOut:
-    """One candidate's results on its held-back parts: (result, row numbers, gold labels) each, put in row order."""
-    total = sum(result.n for result, _, _ in parts)
-    loss = sum(result.metrics["loss"] * result.n for result, _, _ in parts) / total
+def pooled(
+    parts: Sequence[tuple[EvalResult, Sequence[int], Sequence[str] | None]], label_tokens: Mapping[str, int]
+) -> HeldOut:
+    """One candidate's results on its held-back parts: (result, row numbers, gold labels) each, put in row order.
+
+    `label_tokens` says how many tokens the word of each label has. An evaluation's loss is the mean over them; a shot's
+    is their sum, as that of a `Guess` is.
+    """
+
+    def total(result: EvalResult, gold: Sequence[str] | None) -> float:
+        count = result.n if gold is None else sum(label_tokens[label] for label in gold)
+        return result.metrics["loss"] * count
+
+    loss = sum(total(result, gold) for result, _, gold in parts) / sum(result.n for result, _, _ in parts)
     correct: dict[int, float] = {}
     for result, rows, gold in parts:
         if gold is None:

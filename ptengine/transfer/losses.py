@@ -182,7 +182,8 @@ class _Source:
         """The micro-batches of one step, each with its share of the step's labels."""
         batches = [self.objective.collate([self._rows[i] for i in rows]) for rows in self._drawn(step)]
         counts = [self.objective.count_labels(batch) for batch in batches]
-        return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
+        total = max(sum(counts), 1)  # pairs may all be such that do not match
+        return [(batch, count / total) for batch, count in zip(batches, counts, strict=True)]
 
 
 class _AnchorTerm:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
-from ptengine.data import Task, text_columns
+from ptengine.data import LabelledTask, Task, text_columns
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.files import make_directory
@@ -37,6 +37,7 @@ from ptengine.transfer.losses import TransferLoss
 from ptengine.transfer.self_training import NothingTaught, Taught, teach
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity
 from ptengine.transfer.strategies import Guard, Initialize, Strategy, rate_name
+from ptengine.transfer.word_scores import bound_words
 
 __all__ = ["Procedure", "Rows", "Trained", "require_comparable", "scratch_rate"]
 
@@ -111,6 +112,16 @@ class Procedure:
     def identity(self) -> BackboneIdentity:
         """Of the frozen backbone and its tokenizer, which every pass asks for."""
         return identify(self.model, self.tokenizer)
+
+    @cached_property
+    def label_tokens(self) -> dict[str, int]:
+        """How many tokens the loss of a row with each label stands on: those of its first word, or one of a head's."""
+        if not isinstance(self.task, LabelledTask):
+            return {}
+        bound = bound_words(self.task, self.tokenizer)
+        if bound is None:
+            return dict.fromkeys(self.task.labels, 1)
+        return {label: len(words[0]) for label, words in zip(bound.labels, bound.token_ids, strict=True)}
 
     def usable(self) -> list[BankEntry]:
         """The bank's entries of this backbone, all of one method and length, so that scratch can be like them."""

@@ -130,7 +130,8 @@ class _Lesson:
         """The micro-batches of one step, each with its share of the step's labels."""
         batches = [self._objective.collate([self._rows[i] for i in rows]) for rows in self._drawn(step)]
         counts = [self._objective.count_labels(batch) for batch in batches]
-        return [(batch, count / sum(counts)) for batch, count in zip(batches, counts, strict=True)]
+        total = max(sum(counts), 1)  # pairs may all be such that do not match
+        return [(batch, count / total) for batch, count in zip(batches, counts, strict=True)]
 
     def loss(self, projector: ProjectedPrompt, batch: PackedBatch, label_smoothing: float) -> Tensor:
         carried: Any = _Carried(projector, self._prompt)

@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.data import GenerationTask, LabelledTask, Task, load_rows, named_rows
+from ptengine.data.sources import name_of
+from ptengine.data.tasks import row_labels
 from ptengine.errors import InputError
 from ptengine.files import make_directory, write_json_atomic
+from ptengine.garbage import settled_objects
 from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingConfig, TrainingResult
 from ptengine.training.folders import exclusive, write_folder
@@ -131,6 +134,10 @@ def transfer(
             to go on with.
     """
     strategy = Strategy() if strategy is None else strategy
+    given = {"bank": (bank, PromptBank), "training": (training, TrainingConfig), "strategy": (strategy, Strategy)}
+    for name, (value, kind) in (given | ({} if guard is None else {"guard": (guard, Guard)})).items():
+        if not isinstance(value, kind):
+            raise InputError(f"expected {name}, a {kind.__name__}, got {type(value).__name__}")
     if not isinstance(task, LabelledTask | GenerationTask):
         raise InputError(
             f"expected a task with a template, or one of labels, whose prompt can be moved, got {type(task).__name__}"
@@ -140,8 +147,9 @@ def transfer(
             raise InputError(f"expected {name} off in a transfer, where no rows choose the step, got it on")
     if eval_data is None and training.eval_strategy not in (None, "no"):
         raise InputError(f"expected eval_data with eval_strategy={training.eval_strategy!r}, got None")
-    rows: Rows = named_rows(load_rows(shots, name="shots"))
-    labels = [str(row.get(task.label_column)) for row in rows] if isinstance(task, LabelledTask) else None
+    dataset = load_rows(shots, name="shots")
+    labels = row_labels(task, dataset, name_of(shots, "shots")) if isinstance(task, LabelledTask) else None
+    rows: Rows = named_rows(dataset)
     parts = [] if guard is None else folds(labels, len(rows), guard.folds, training.seed)
     procedure = Procedure(
         model, tokenizer, task, bank, training, strategy, guard, source_task, source_data, tuple(exclude),
@@ -149,7 +157,7 @@ def transfer(
     )  # fmt: skip
     procedure.check(rows, eval_data, min([len(rows), *(len(kept) for kept, _ in parts)]))
     output = make_directory(training.output_dir)
-    with exclusive(output):
+    with exclusive(output), settled_objects():  # once for all runs
         _hold_plan(output / "plan.json", procedure.plan(rows), resume)
         decision = None
         untaught: dict[str, str] = {}
@@ -165,7 +173,8 @@ def transfer(
                     gold = None if labels is None else [labels[i] for i in away]
                     held.setdefault(name, []).append((scored, away, gold))
             guess = None if labels is None else Guess.of(labels)
-            decision = decide(guard, {name: pooled(results) for name, results in held.items()}, guess)
+            tokens = procedure.label_tokens
+            decision = decide(guard, {name: pooled(results, tokens) for name, results in held.items()}, guess)
         rates = () if guard is None or decision is None else (scratch_rate(decision.scratch, guard),)
         final = procedure.run(rows, output, scratch=rates, eval_data=eval_data)
         chosen = TRANSFERRED if decision is None else decision.chosen

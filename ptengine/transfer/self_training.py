@@ -217,19 +217,25 @@ class SelfTrainTerm:
         return {**asdict(self.settings), "teacher": self._teacher, "task": task_to_json(self._task), "rows": rows}
 
     def batches(self, step: int) -> list[tuple[PackedBatch, Tensor, float]]:
-        """The micro-batches of a step: rows, their targets [rows], and the share of the step's texts."""
-        groups = self._drawn(step)
-        total = sum(len(group) for group in groups)
-        made = []
-        for group in groups:
+        """The micro-batches of a step: rows, their targets [rows], and the share of what the step's mean is over."""
+        made: list[tuple[PackedBatch, Tensor, float]] = []
+        for group in self._drawn(step):
             rows = [self._taught.rows[i] for text in group for i in self._taught.examples[text][0]]
             targets = [t for text in group for t in self._taught.examples[text][1]]
             batch = collate(rows)
             if self._task.backbone_kind == "seq2seq":
                 batch = replace(batch, source_lengths=torch.tensor([row.prompt_length for row in rows]))
             batch = batch.to(self._device)
-            made.append((batch, torch.tensor(targets, device=self._device), len(group) / total))
-        return made
+            weight = sum(t * self._count(row) for row, t in zip(rows, targets, strict=True))
+            made.append((batch, torch.tensor(targets, device=self._device), weight))
+        total = sum(weight for _, _, weight in made)
+        return [(batch, targets, weight / total) for batch, targets, weight in made]
+
+    def _count(self, row: EncodedRow) -> int:
+        """How many losses `_losses` has of the row."""
+        if isinstance(self._task, SequenceClassificationTask):
+            return 1
+        return sum(label != IGNORE_INDEX for label in row.labels)
 
     def loss(self, prompt: Prompt, batch: PackedBatch, targets: Tensor, label_smoothing: float) -> Tensor:
         """-sum_c t_c log q_c, the mean over labelled tokens, or rows with a head, each with its row's target; equal to

@@ -11,6 +11,8 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, processors
+from transformers import PreTrainedTokenizerFast
 
 from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.data import (
@@ -61,6 +63,23 @@ def test_no_bos_where_the_tokenizer_adds_none(bytewise: Any) -> None:
     split = SMS.encode(Dataset.from_dict({"text": ["hi"], "label": ["spam"]}), bytewise, max_tokens=99)
     assert text_of(bytewise, split[0].input_ids) == "Message: hi\nLabel: spam"
     check_target(split[0], bytewise(" spam")["input_ids"])
+
+
+def test_a_tokenizer_without_the_letter_a_had_its_bos_behind_the_text() -> None:
+    """A Chinese one, without unknown tokens."""
+
+    def made(*words: str) -> PreTrainedTokenizerFast:
+        core = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(["<s>", "</s>", *words])}, merges=[]))
+        core.post_processor = processors.TemplateProcessing(
+            single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>")
+
+    rows = Dataset.from_dict({"text": ["好的"], "target": ["坏"]})
+    split = GenerationTask(Template("{text}")).encode(rows, made("好", "的", "坏"), max_tokens=9)
+    assert split[0].input_ids == [0, 2, 3, 4, 1]
+    with pytest.raises(InputError, match="expected a tokenizer that makes tokens of a text, got"):
+        GenerationTask(Template("{text}")).encode(rows, made(), max_tokens=9)
 
 
 @pytest.mark.parametrize("name", ["train", "validation", "test"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -37,6 +38,17 @@ def test_cutting_leaves_out_the_last_words(bert: Any) -> None:
     assert (split.truncated, split[0].labels) == (1, [-100, 0, 0, 0, 0, -100])
     with pytest.raises(InputError, match=r"row 0 .*at most 6 tokens .*got 11"):
         TASK.encode(long, bert, max_tokens=6)
+
+
+def test_a_tokenizer_that_cuts_on_the_left_left_out_the_first_words(bert: Any) -> None:
+    """And the rest of a cut word had its label."""
+    left = copy.copy(bert)
+    left.truncation_side = "left"
+    for most in range(3, 11):
+        rows = [TASK.encode(data(), one, max_tokens=most, truncation=True)[0] for one in (bert, left)]
+        assert rows[0] == rows[1]
+        assert rows[0].input_ids == bert(WORDS, is_split_into_words=True, truncation=True, max_length=most)["input_ids"]
+        assert rows[0].labels[1] == 1
 
 
 def test_numbers_of_a_label_column_stand_for_its_names(bert: Any) -> None:

@@ -36,7 +36,7 @@ def cosines(model: Any, prompt: Any, data: list[dict[str, str]], tokens: Any) ->
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_loss_is_over_all_pairs_of_the_batch(tiny: ModuleType, smoothing: float) -> None:
-    """Rows that do not match are candidates alone, and the mean is over all rows."""
+    """Rows that do not match are candidates alone."""
     model, tokens, data = tiny.bert(BertModel), tiny.tokenizer(special=True), rows(tiny)
     prompt = tiny.soft(model)
     log_p = (cosines(model, prompt, data, tokens) / 0.2).log_softmax(1)
@@ -46,13 +46,37 @@ def test_the_loss_is_over_all_pairs_of_the_batch(tiny: ModuleType, smoothing: fl
         objective = make_objective(LABELLED, model, backbone_spec(model), tokens, False)
         batch = objective.collate(LABELLED.encode(load_rows(data), tokens, max_tokens=20).rows)
         loss = objective.loss(prompt, batch, smoothing)
-        assert objective.count_labels(batch) == len(data)
+        assert objective.count_labels(batch) == len(wanted)
         none = objective.collate(LABELLED.encode(load_rows(data), tokens, max_tokens=20).rows[5:])
         nothing = objective.loss(prompt, none, smoothing)
-    assert loss.item() == pytest.approx(float(own) / len(data), rel=1e-4)
+    assert loss.item() == pytest.approx(float(own) / len(wanted), rel=1e-4)
     assert float(torch.autograd.grad(loss, prompt.embeds)[0].norm()) > 0
     assert nothing.item() == 0
     assert float(torch.autograd.grad(nothing, prompt.embeds)[0].norm()) == 0
+
+
+def test_training_divided_by_all_pairs_and_evaluation_by_those_that_match(tiny: ModuleType, tmp_path: Path) -> None:
+    model, tokens, data = tiny.bert(BertModel), tiny.tokenizer(special=True), rows(tiny)
+    prompt = tiny.soft(model)
+    loss = evaluate(model, prompt, LABELLED, data, tokens, batch_size=8).metrics["loss"]
+    trainer = tiny.trainer(
+        tmp_path, model, prompt, LABELLED, data, tokens=tokens, max_steps=1, per_device_train_batch_size=8
+    )
+    assert trainer.fit().losses == pytest.approx([loss], rel=1e-5)
+
+
+def test_accumulation_is_a_mean_over_the_pairs_that_match(tiny: ModuleType, tmp_path: Path) -> None:
+    """Also where a micro-batch, or a whole step, has none."""
+    model, tokens, data = tiny.bert(BertModel), tiny.tokenizer(special=True), rows(tiny)[:1] + rows(tiny)[5:] * 3
+    alone = [
+        tiny.trainer(
+            tmp_path / f"{count}", model, tiny.soft(model), LABELLED, data, tokens=tokens, max_steps=-1,
+            num_train_epochs=1, per_device_train_batch_size=2, gradient_accumulation_steps=count, learning_rate=1e-9,
+        ).fit().losses
+        for count in (1, 5)
+    ]  # fmt: skip
+    assert sorted(alone[0])[:4] == [0.0] * 4
+    assert alone[1] == pytest.approx([max(alone[0])], rel=1e-5)
 
 
 def test_ranks_and_scores(tiny: ModuleType) -> None:

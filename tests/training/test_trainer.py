@@ -118,6 +118,10 @@ def test_last_step_of_an_epoch_takes_what_is_left(tiny: ModuleType, tmp_path: Pa
     assert len(result.losses) == 4
 
 
+def test_a_tiny_part_of_an_epoch_was_no_step_at_all(tiny: ModuleType, tmp_path: Path) -> None:
+    assert tiny.trainer(tmp_path, max_steps=-1, num_train_epochs=1e-8).fit().steps == 1
+
+
 def test_losses_are_those_of_adamw_by_hand(tiny: ModuleType, tmp_path: Path) -> None:
     rows = tiny.rows(6)
     result = tiny.trainer(

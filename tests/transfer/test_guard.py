@@ -36,11 +36,21 @@ def test_too_few_shots_are_refused() -> None:
 def test_results_of_the_parts_are_put_in_row_order() -> None:
     one = EvalResult({"loss": 1.0}, ["a", "b"], 2)
     two = EvalResult({"loss": 4.0}, ["a"], 1)
-    held = pooled([(one, [2, 0], ["b", "b"]), (two, [1], ["a"])])
+    held = pooled([(one, [2, 0], ["b", "b"]), (two, [1], ["a"])], {"a": 1, "b": 1})
     assert held == HeldOut(2.0, (1.0, 1.0, 0.0))
     assert held.score == pytest.approx(2 / 3)
-    texts = pooled([(EvalResult({"loss": 2.0}, [], 2), [0, 1], None)])
+    texts = pooled([(EvalResult({"loss": 2.0}, [], 2), [0, 1], None)], {})
     assert (texts.correct, texts.score) == (None, -2.0)
+
+
+def test_a_loss_per_token_passed_for_one_per_shot() -> None:
+    """Longer words made a source that knows nothing look better than a guess."""
+    gold = ["a", "b", "b"]
+    found = pooled([(EvalResult({"loss": 0.6}, ["a", "b", "a"], 3), [0, 1, 2], gold)], {"a": 1, "b": 3})
+    assert found.loss == pytest.approx(0.6 * 7 / 3)
+    coin = pooled([(EvalResult({"loss": 0.584}, ["a"] * 10, 10), range(10), ["a", "b"] * 5)], {"a": 2, "b": 2})
+    found = decide(Guard(), {"scratch-1": held(6, 1.2), "source": coin, "transferred": held(9, 1.0)}, COIN)
+    assert "no better than guessing" in found.reason
 
 
 def held(right: int, loss: float) -> HeldOut:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from dataclasses import replace
@@ -96,6 +97,18 @@ def test_the_guard_is_told_what_guessing_scores(
     positive, negative = ([row for row in draw if row["label"] == label] for label in ("pos", "neg"))
     world.run(tmp_path / "out", guard=Guard(folds=2), shots=[*positive[:of_one_label], *negative[:3]])
     assert told == [Guess.of(["pos"] * of_one_label + ["neg"] * 3)]
+
+
+def test_the_guard_took_losses_per_token_of_words_for_those_of_shots(
+    world: Any, tiny: ModuleType, tmp_path: Path
+) -> None:
+    task = tiny.words_task(several=True)
+    found = world.run(
+        tmp_path / "out", task=task, guard=Guard(folds=2), exclude=["p1", "p2"], training={"max_steps": 1}
+    )
+    source = world.bank.entry("p0").load(world.model, world.tokens)
+    loss = evaluate(world.model, source, task, world.shots, world.tokens).metrics["loss"]
+    assert found.decision.losses["source"] == pytest.approx(loss * (4 * 1 + 4 * 2) / 8)  # "bad" and "very good"
 
 
 def test_without_a_guard_there_is_one_run_and_no_decision(world: Any, tmp_path: Path) -> None:
@@ -250,6 +263,12 @@ def test_bad_input_is_refused_before_anything_is_written(world: Any, tiny: Modul
         ({"strategy": Strategy(joint=Joint())}, "source's task and rows"),
         ({"guard": Guard(folds=5)}, "every label for 5 folds"),
         ({"shots": [{"text": "it was"}]}, "'label'"),
+        # It was counted as a label called 'None', of which there were too few for the folds.
+        ({"shots": [*world.shots, {"text": "it was", "label": None}], "guard": Guard(folds=2)}, "row 8 .*'label', got"),
+        # These came as AttributeErrors and TypeErrors.
+        ({"bank": "prompts"}, "expected bank, a PromptBank, got str"),
+        ({"strategy": "best"}, "expected strategy, a Strategy, got str"),
+        ({"guard": "x"}, "expected guard, a Guard, got str"),
         ({"training": {"eval_strategy": "epoch"}}, "expected eval_data"),
         ({"training": {"eval_strategy": "epoch", "load_best_model_at_end": True}, "eval_data": world.shots}, "off in"),
         ({"guard": Guard(folds=2, scratch_init="text")}, "init_text"),
@@ -311,6 +330,23 @@ def test_fewer_prompts_than_asked_for_were_combined(world: Any, tiny: ModuleType
     with pytest.raises(InputError, match=f"top_k=2 prompts .* {measure} can rank, got 1; refused: .*'p0': .*finite"):
         world.run(tmp_path / "out", bank=bank, strategy=strategy)
     assert (tmp_path / "out").exists() == (measure == "mean_token_cosine")  # a prompt is tuned for it
+
+
+def test_every_run_settled_all_objects_anew(world: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a second each time, which was longer than the run; now once for all of them."""
+    freeze, calls = gc.freeze, []
+
+    def counted() -> None:
+        calls.append(gc.get_freeze_count())
+        freeze()
+
+    gc.unfreeze()  # the suite has frozen what it imported
+    try:
+        monkeypatch.setattr(gc, "freeze", counted)
+        world.run(tmp_path / "out", guard=Guard(folds=2))
+    finally:
+        freeze()
+    assert calls == [0]
 
 
 def test_a_fold_with_nothing_to_teach_ended_the_run(

@@ -180,6 +180,23 @@ def test_soft_targets_weigh_the_words_of_all_labels(tiny: ModuleType) -> None:
     assert sum(shares) == pytest.approx(1)
 
 
+def test_accumulation_with_words_of_several_tokens_was_a_mean_of_means(tiny: ModuleType) -> None:
+    model, task = tiny.gpt2(dropout=0.0), tiny.words_task(several=True)
+    taught = taught_by(tiny, model, tiny.soft(model, 1), task, threshold=0.0)
+    assert 0 < taught.labels["pos"] < 12  # "bad" is one token, "very good" two
+    student, losses = tiny.soft(model, 2), []
+    for size, accumulation in ((12, 1), (5, 3), (1, 12)):
+        config = replace(CONFIG, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+        term = SelfTrainTerm(SelfTrain(), taught, model, task, config, "teacher")
+        with frozen(model), torch.no_grad():
+            parts = [
+                term.loss(student, batch, targets, 0.0).item() * share for batch, targets, share in term.batches(0)
+            ]
+        assert len(parts) == accumulation
+        losses.append(sum(parts))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-6)
+
+
 def test_views_are_changed_copies_with_the_text_s_own_target(tiny: ModuleType) -> None:
     model, tokens = tiny.llama().eval(), tiny.tokenizer()
     views = Augmentation(copies=2, delete=0.3, seed=1)
