@@ -1,4 +1,4 @@
-"""What the few-shot transfer experiment says of its pairs: means, paired intervals, and what the issue compares.
+"""What the few-shot transfer experiment says of its pairs: means, paired intervals, and gains over scratch.
 
 A pair is what one target, seed, method and number of shots scored, by name; see transfer_fewshot.py. Knows scores in
 [0, 1] and no models.
@@ -33,7 +33,7 @@ def gain(new: Any, old: Any, axis: int = -1) -> Any:
 
 
 def summary(pairs: Mapping[str, Mapping[str, Any]], guards: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """By method and shots, and over all: accuracies, measures against scratch, and the issue's comparisons.
+    """By method and shots, and over all: accuracies, measures against scratch, and strategies compared.
 
     Of scores that not every pair of a group has there is nothing, but for the longer runs.
     """

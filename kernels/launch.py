@@ -26,6 +26,7 @@ __all__ = [
     "nearest_architecture",
     "power_of_two",
     "register_kernel",
+    "threads_per_wave",
 ]
 
 # Triton reads this variable when a kernel is defined, so it is read once here too.
@@ -81,6 +82,11 @@ def ceil_div(count: int, size: int) -> int:
 def power_of_two(count: int) -> int:
     """The least that is not below `count`, 1 at the least. For `triton.next_power_of_2`, for the same reason."""
     return 1 << (max(count, 1) - 1).bit_length()
+
+
+def threads_per_wave(architecture: str) -> int:
+    """The threads that run in step: a warp of NVIDIA's, or a wave of AMD's, twice as wide."""
+    return 64 if architecture.startswith("gfx") else 32
 
 
 # GeForce, RTX and the like of the generations of sm_80, sm_90 and sm_100.

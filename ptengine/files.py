@@ -109,16 +109,14 @@ def write_together(directory: str | os.PathLike[str], contents: Mapping[str, Con
     sync_directory(directory)
 
 
-def write_json_atomic(
-    path: str | os.PathLike[str], value: Any, *, indent: int | None = 2, sort_keys: bool = False
-) -> Path:
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> Path:
     """Replace the file at `path` by `value` as UTF-8 json, ending in a newline; NaN and infinity are refused.
 
     Raises:
         ValueError, TypeError: `value` has no json form; nothing is written.
         OSError: as `write_atomic`.
     """
-    return write_atomic(path, json_bytes(value, indent=indent, sort_keys=sort_keys))
+    return write_atomic(path, json_bytes(value))
 
 
 def save_safetensors_atomic(
@@ -132,13 +130,13 @@ def save_safetensors_atomic(
     return write_atomic(path, safetensors_bytes(tensors, metadata))
 
 
-def json_bytes(value: Any, *, indent: int | None = 2, sort_keys: bool = False) -> bytes:
+def json_bytes(value: Any, *, indent: int | None = 2) -> bytes:
     """`value` as UTF-8 json with a newline at the end.
 
     Raises:
         ValueError, TypeError: `value` has no json form (NaN and infinity have none).
     """
-    text = json.dumps(value, indent=indent, sort_keys=sort_keys, allow_nan=False, ensure_ascii=False)
+    text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
     return (text + "\n").encode()
 
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from ptengine.kernels.launch import power_of_two, threads_per_wave
+
 
 class Tile(NamedTuple):
     columns: int  # a power of two
@@ -18,8 +20,7 @@ class Tile(NamedTuple):
 def tile(architecture: str, columns: int) -> Tile:
     """2048 elements, or a whole row where that is less; 16 a thread: two loads of 16 bytes from each half tensor.
 
-    The same rule for every architecture, since nothing is reused: only bytes in flight count. AMD's waves are twice as
-    wide.
+    The same rule for every architecture, since nothing is reused: only bytes in flight count.
     """
-    block = min(1 << max(columns - 1, 0).bit_length(), 2048)
-    return Tile(block, max(block // 16 // (64 if architecture.startswith("gfx") else 32), 1))
+    block = min(power_of_two(columns), 2048)
+    return Tile(block, max(block // 16 // threads_per_wave(architecture), 1))

@@ -8,6 +8,8 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
+from ptengine.kernels.launch import power_of_two, threads_per_wave
+
 
 class Tile(NamedTuple):
     heads: int
@@ -20,15 +22,9 @@ class Tile(NamedTuple):
 def tile(architecture: str, heads: int, channels: int, turned: int, itemsize: int) -> Tile:
     """512 pairs, each thread with 16 bytes of first and of second channels; no more heads than `heads`.
 
-    The same rule for every architecture, since nothing is reused: only bytes in flight count. AMD's waves are twice as
-    wide.
+    The same rule for every architecture, since nothing is reused: only bytes in flight count.
     """
-    half, rest = _power(turned // 2), _power(max(channels - turned, 1))
-    block = min(max(512 // half, 1), _power(heads))
+    half, rest = power_of_two(turned // 2), power_of_two(channels - turned)
+    block = min(max(512 // half, 1), power_of_two(heads))
     threads = block * half * itemsize // 16
-    return Tile(block, half, rest, min(max(threads // (64 if architecture.startswith("gfx") else 32), 1), 8))
-
-
-def _power(count: int) -> int:
-    """The least power of two that is not less."""
-    return 1 << max(count - 1, 0).bit_length()
+    return Tile(block, half, rest, min(max(threads // threads_per_wave(architecture), 1), 8))

@@ -5,21 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import (
-    add_model_arguments,
-    choice,
-    number,
-    seed,
-    whole,
-)
+from ptengine.commands.options import add_model_arguments, choice, number, refuse, require, seed, whole
 from ptengine.commands.task_options import labelled_task
 from ptengine.errors import InputError
-
-if TYPE_CHECKING:
-    from ptengine.data import Task
 
 EXAMPLE = r"""  ptengine bank add --bank prompts --name phones --prompt out --data phones.csv
   ptengine bank list --bank prompts
@@ -33,6 +24,7 @@ EXAMPLE = r"""  ptengine bank add --bank prompts --name phones --prompt out --da
 
 _CARRYING = ("v2v_lin", "relative_anchors", "projector")
 _BY_SHOTS = ("shot_loss", "mmd", "proxy_a_distance")
+_OF_SHOTS = ("template", "label_words", "text_column", "text_pair_column", "label_column", "max_length", "truncation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,13 +45,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     search.add_argument("--label-words", metavar="WORDS", help="label=word pairs of --shots, or a .json file")
     search.add_argument("--text-column", metavar="NAME", help="of --shots, for BERT models whose prompts have a head")
     search.add_argument("--text-pair-column", metavar="NAME", help="of a second text of --shots")
-    search.add_argument("--label-column", metavar="NAME", default="label", help="of --shots (default: label)")
+    search.add_argument("--label-column", metavar="NAME", help="of --shots (default: label)")
     search.add_argument("--prompt", metavar="DIR", help="a prompt tuned on the target: rank by likeness to it")
     search.add_argument(
         "--measure", metavar="NAME", help="shot_loss, mmd or proxy_a_distance; mean_token_cosine or token_cosine"
     )
-    search.add_argument("--max-length", type=whole(1), metavar="N", help="longest row in tokens")
-    search.add_argument("--truncation", action="store_true", help="cut rows that are longer")
+    search.add_argument("--max-length", type=whole(1), metavar="N", help="longest row in tokens, with shot_loss")
+    search.add_argument("--truncation", action="store_true", help="cut rows that are longer, with shot_loss")
     add_model_arguments(
         search,
         "the embedded one, or that of --prompt",
@@ -82,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     carry.add_argument("--projector", metavar="DIR", help="new folder for the projector's training and the projector")
     carry.add_argument("--max-length", type=whole(1), metavar="N", help="longest row of --data in tokens")
     carry.add_argument("--truncation", action="store_true", help="cut rows of --data that are longer")
-    carry.add_argument("--seed", type=seed, default=0, metavar="N", help="of search or training (default: 0)")
+    carry.add_argument("--seed", type=seed, metavar="N", help="of relative_anchors or projector (default: 0)")
     add_model_arguments(carry, "the embedded one")
     compare = _action(actions, "compare", "likeness of every two entries")
     compare.add_argument("--names", metavar="A,B", help="entries to compare (default: all)")
@@ -164,6 +156,10 @@ def _search(args: argparse.Namespace) -> Outcome:
             f"expected --shots with {', '.join(_BY_SHOTS)}, or --prompt with mean_token_cosine or token_cosine, got "
             f"{' and '.join(f'--{name}' for name in given) or 'neither'} with {measure}"
         )
+    if args.shots is None:
+        require(args, "--shots", *_OF_SHOTS)
+    if measure in _BY_SHOTS and measure != "shot_loss":
+        refuse(args, f"--measure {measure}", "max_length", "truncation")
     found = _by_shots(args, measure) if args.shots is not None else _by_prompt(args, measure)
     table = Table(title=f"{args.bank} by {measure}")
     for column in ("name", measure, "accuracy"):
@@ -186,14 +182,12 @@ def _search(args: argparse.Namespace) -> Outcome:
 def _by_shots(args: argparse.Namespace, measure: str) -> Any:
     from ptengine.commands.loading import load_model, load_tokenizer, pick_device
 
-    bank, task = _bank(args.bank), _task(args)
+    bank, task = _bank(args.bank), labelled_task(args, args.shots)
     device = pick_device(args.device)
     tokenizer = load_tokenizer(args.tokenizer, args.model)
     model = load_model(args.model, device, args.dtype or "float32", task)
-    return bank.search(
-        model=model, tokenizer=tokenizer, measure=measure, task=task, shots=args.shots, max_length=args.max_length,
-        truncation=args.truncation,
-    )  # fmt: skip
+    given = {name: getattr(args, name) for name in ("max_length", "truncation") if getattr(args, name)}
+    return bank.search(model=model, tokenizer=tokenizer, measure=measure, task=task, shots=args.shots, **given)
 
 
 def _by_prompt(args: argparse.Namespace, measure: str) -> Any:
@@ -202,10 +196,6 @@ def _by_prompt(args: argparse.Namespace, measure: str) -> Any:
     bank = _bank(args.bank)
     session = open_prompt(args)
     return bank.search(model=session.model, tokenizer=session.tokenizer, measure=measure, prompt=session.prompt)
-
-
-def _task(args: argparse.Namespace) -> Task:
-    return labelled_task(args, args.shots)
 
 
 def _carry(args: argparse.Namespace) -> Outcome:
@@ -230,7 +220,7 @@ def _carry(args: argparse.Namespace) -> Outcome:
     if args.method == "projector":
         carried, projector = _projected(args, entry, prompt, pair)
     else:
-        seed = {"seed": args.seed} if args.method == "relative_anchors" else {}
+        seed = {} if args.seed is None else {"seed": args.seed}
         carried = carry_prompt(prompt, *pair, args.method, **seed)
     added = bank.add(
         args.into, carried, model=target, tokenizer=target_tokenizer, task=entry.card.task, data=args.data,
@@ -244,10 +234,9 @@ def _carry(args: argparse.Namespace) -> Outcome:
 
 
 def _check_carry(args: argparse.Namespace) -> None:
-    training = {name: getattr(args, name) for name in ("data", "projector", "steps", "learning_rate", "max_length")}
     if args.method == "projector":
         for name in ("data", "projector"):
-            if training[name] is None:
+            if getattr(args, name) is None:
                 raise InputError(f"expected --{name} with --method projector, got none")
         folder = Path(args.projector)
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -256,9 +245,10 @@ def _check_carry(args: argparse.Namespace) -> None:
                 f"{'not empty; name another one' if folder.is_dir() else 'no folder'}"
             )
         return
-    given = [name for name, value in training.items() if value is not None] + ["truncation"] * args.truncation
-    if given:
-        raise InputError(f"expected --{given[0].replace('_', '-')} with --method projector, got {args.method}")
+    only = ("data", "projector", "steps", "learning_rate", "max_length", "truncation")
+    require(args, "--method projector", *only)
+    if args.method == "v2v_lin":
+        refuse(args, "--method v2v_lin", "seed")
 
 
 def _projected(args: argparse.Namespace, entry: Any, prompt: Any, pair: tuple[Any, ...]) -> tuple[Any, dict[str, Any]]:
@@ -267,7 +257,7 @@ def _projected(args: argparse.Namespace, entry: Any, prompt: Any, pair: tuple[An
     from ptengine.transfer import ProjectorLesson, tune_projector, vocabulary_map
 
     config = TrainingConfig(
-        output_dir=args.projector, max_steps=args.steps or 200, learning_rate=args.learning_rate, seed=args.seed,
+        output_dir=args.projector, max_steps=args.steps or 200, learning_rate=args.learning_rate, seed=args.seed or 0,
         max_length=args.max_length, truncation=args.truncation, disable_tqdm=True,
     )  # fmt: skip
     lesson = ProjectorLesson(prompt, entry.card.task, args.data)

@@ -103,10 +103,11 @@ def run(args: argparse.Namespace) -> Outcome:
 
     started = time.perf_counter()
     settings = DEMOS[args.task]
-    output = make_directory(_output(args.output, args.task))
+    output = _output(args.output, args.task)
     config = TrainingConfig(output_dir=str(output), seed=args.seed, **settings.training, **settings.constant)
     task = _make_task(settings)
     device = pick_device(None)
+    make_directory(output)  # before the minutes that a run takes, and after what refuses it
     folder = data_path(args.task)
     train, validation, test = (str(folder / f"{split}.jsonl") for split in ("train", "validation", "test"))
     _say(f"1/4 loading the embedded model and {args.task}")

@@ -10,8 +10,8 @@ from typing import Any
 
 from ptengine import __version__
 from ptengine.commands import Outcome
-from ptengine.commands.options import DTYPES, choice
-from ptengine.errors import InputError, UnsupportedModelError
+from ptengine.commands.options import DTYPES, choice, require
+from ptengine.errors import UnsupportedModelError
 
 EXAMPLE = """  ptengine doctor
   ptengine doctor --model path/to/llama"""
@@ -26,9 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Outcome:
-    for name in ("dtype", "device"):
-        if args.model is None and getattr(args, name) is not None:
-            raise InputError(f"expected --model with --{name}, got --{name} alone")
+    if args.model is None:
+        require(args, "--model", "dtype", "device")
 
     import torch
 
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def tile_report(architecture: str) -> list[str]:
-    """One line per operation: whose kernel tiles a GPU takes, which is another's where the tables do not know it."""
+    """One line per operation with a table of tiles: whose a GPU takes, another's where the table does not know it."""
     from ptengine.kernels.launch import nearest_architecture
     from ptengine.kernels.linear_cross_entropy import tiles as of_loss
     from ptengine.kernels.prefix_attention import tiles as of_attention

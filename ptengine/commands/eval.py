@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import whole
+from ptengine.commands.options import refuse, require, whole
 from ptengine.commands.session import add_prompt_argument, add_session_arguments, load_with_head, open_prompt
 from ptengine.errors import InputError
 
@@ -38,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-length", type=whole(1), metavar="N", help="longest row in tokens (default: what fits)")
     parser.add_argument("--truncation", action="store_true", help="cut rows that are longer")
     parser.add_argument("--write-texts", action="store_true", help="generation: also write texts and score those")
-    parser.add_argument("--max-new-tokens", type=whole(1), default=64, metavar="N", help="of a text (default: 64)")
+    parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="of a text written (default: 64)")
     parser.add_argument("--predictions", metavar="FILE", help="write one JSON line per row with its prediction")
     add_session_arguments(parser)
 
@@ -51,6 +51,8 @@ def run(args: argparse.Namespace) -> Outcome:
     target = None if args.predictions is None else Path(args.predictions).absolute()
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"expected --predictions, a file in a folder that exists, got {args.predictions!r}")
+    if not args.write_texts:
+        require(args, "--write-texts", "max_new_tokens")
     _check_ensemble(args)
     session = open_prompt(args)
     if trains_head(session.task) and args.hard_prompt_only:
@@ -73,7 +75,7 @@ def run(args: argparse.Namespace) -> Outcome:
             max_length=args.max_length,
             truncation=args.truncation,
             generate=args.write_texts,
-            max_new_tokens=args.max_new_tokens,
+            **({} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}),
         )
     data: dict[str, Any] = {
         "command": "eval",
@@ -96,21 +98,19 @@ def run(args: argparse.Namespace) -> Outcome:
 def _check_ensemble(args: argparse.Namespace) -> None:
     from ptengine.commands.recipe import find_prompt
 
-    if args.weights_from is not None and not args.ensemble:
-        raise InputError("expected --ensemble with --weights-from, got --weights-from alone")
+    if not args.ensemble:
+        require(args, "--ensemble", "weights_from")
+        return
+    refuse(args, "--ensemble", "hard_prompt_only", "write_texts")
     named = [args.prompt, *args.ensemble]
-    if args.ensemble:
-        found = [find_prompt(name) for name in named]
-        if len({folder.resolve() for folder, _ in found}) < len(named):
-            raise InputError(f"expected different prompts in an ensemble, got {', '.join(named)}")
-        own = found[0][1]
-        for name, (_, recipe) in zip(named, found, strict=True):
-            for what, same in (("model", recipe.fingerprint == own.fingerprint), ("task", recipe.task == own.task)):
-                if not same:
-                    raise InputError(f"expected prompts of one {what} in an ensemble, got {name!r}, tuned for another")
-    for option in ("hard_prompt_only", "write_texts"):
-        if args.ensemble and getattr(args, option):
-            raise InputError(f"expected --ensemble without --{option.replace('_', '-')}, got both")
+    found = [find_prompt(name) for name in named]
+    if len({folder.resolve() for folder, _ in found}) < len(named):
+        raise InputError(f"expected different prompts in an ensemble, got {', '.join(named)}")
+    own = found[0][1]
+    for name, (_, recipe) in zip(named, found, strict=True):
+        for what, same in (("model", recipe.fingerprint == own.fingerprint), ("task", recipe.task == own.task)):
+            if not same:
+                raise InputError(f"expected prompts of one {what} in an ensemble, got {name!r}, tuned for another")
 
 
 def _ensemble(args: argparse.Namespace, session: Session) -> tuple[EvalResult, dict[str, float]]:

@@ -29,7 +29,7 @@ __all__ = [
     "pick_device",
 ]
 
-OPERATIONS = ("linear_cross_entropy", "prefix_attention", "prefix_concat")
+OPERATIONS = ("gated_activation", "linear_cross_entropy", "prefix_attention", "prefix_concat", "rotary")
 
 
 def import_operations() -> None:

@@ -33,6 +33,8 @@ __all__ = [
     "number",
     "read_json",
     "read_label_words",
+    "refuse",
+    "require",
     "seed",
     "unescape",
     "whole",
@@ -89,6 +91,24 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def refuse(args: argparse.Namespace, chosen: str, *names: str) -> None:
+    """Refuse those of the options `names` that were given, since nothing reads them with `chosen`."""
+    for option in _given(args, names):
+        raise InputError(f"expected no {option} with {chosen}, got both")
+
+
+def require(args: argparse.Namespace, needed: str, *names: str) -> None:
+    """Refuse those of the options `names` that were given, since nothing reads them without `needed`."""
+    for option in _given(args, names):
+        raise InputError(f"expected {needed} with {option}, got {option} alone")
+
+
+def _given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
+    """Those of the options whose default, None or a switch that is off, was replaced."""
+    values = {name: getattr(args, name) for name in names}
+    return [flag(name) for name, value in values.items() if value is not None and value is not False]
+
+
 def unescape(text: str) -> str:
     r"""A shell passes ``\n`` and ``\t`` as two characters each; here they become a line break and a tab."""
     return text.replace("\\n", "\n").replace("\\t", "\t")
@@ -108,36 +128,37 @@ def read_json(path: str | Path, what: str) -> Any:
         raise InputError(f"expected {what} as json, got {str(path)!r}: {error}") from error
 
 
-def read_label_words(text: str) -> dict[str, Any]:
+def read_label_words(text: str, option: str = "--label-words") -> dict[str, Any]:
     """``'ham= ham,spam= spam'``, or the path of a json file ``{"ham": " ham", "spam": [" spam", " junk"]}``.
 
     Raises:
-        InputError: an entry without ``=``, a label twice, or a file that holds no object.
+        InputError: an entry without ``=``, a label twice, or a file that holds no object; names `option`.
     """
     if text.endswith(".json"):
-        words = read_json(text, "--label-words, a json file of labels and words")
+        words = read_json(text, f"{option}, a json file of labels and words")
         if not isinstance(words, dict):
-            raise InputError(f"expected --label-words, a json object from label to word, got {type(words).__name__}")
+            raise InputError(f"expected {option}, a json object from label to word, got {type(words).__name__}")
         return words
     words = {}
     for entry in text.split(","):
         label, equals, word = entry.partition("=")
         if not equals or not label:
-            raise InputError(
-                f"expected --label-words as 'label=word,label=word' or a .json file, got {entry!r} in {text!r}"
-            )
+            raise InputError(f"expected {option} as 'label=word,label=word' or a .json file, got {entry!r} in {text!r}")
         if label in words:
-            raise InputError(f"expected different labels in --label-words, got {label!r} twice")
+            raise InputError(f"expected different labels in {option}, got {label!r} twice")
         words[label] = unescape(word)
     return words
 
 
-def classification_task(model: str | None, template: str, label_words: str, label_column: str) -> VerbalizedTask:
+def classification_task(
+    model: str | None, template: str, label_words: str, label_column: str, option: str = "--label-words"
+) -> VerbalizedTask:
     """The task of ``--template``, ``--label-words`` and ``--label-column`` on the model of ``--model``. Errors as
     `read_label_words`."""
     from ptengine.data import Template, Verbalizer
 
-    return word_task(model, Template(unescape(template)), Verbalizer(read_label_words(label_words)), label_column)
+    words = Verbalizer(read_label_words(label_words, option))
+    return word_task(model, Template(unescape(template)), words, label_column)
 
 
 def word_task(model: str | None, template: Template, verbalizer: Verbalizer, label_column: str) -> VerbalizedTask:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ptengine.commands.options import classification_task, read_label_words, unescape, whole, word_task
+from ptengine.commands.options import classification_task, read_label_words, refuse, require, unescape, whole, word_task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,21 +76,19 @@ def make_task(args: argparse.Namespace) -> Task:
     if any(getattr(args, name) is not None for name in _QUESTION_OPTIONS):
         return _question_task(args)
     if args.embedding:
-        _refuse(args, "--embedding", "template", "label_words", "target_column", "tokens_column", "tags_column")
+        refuse(args, "--embedding", "template", "label_words", "target_column", "tokens_column", "tags_column")
         label = (args.label_column or "label") if args.positive_label is not None else args.label_column
         columns = (args.text_column or "text", args.text_pair_column or "text_pair")
         return EmbeddingTask(*columns, label, args.positive_label)
-    if args.positive_label is not None:
-        raise InputError("expected --embedding with --positive-label, got it alone")
+    require(args, "--embedding", "positive_label")
     if args.tokens_column is not None:
         others = ("template", "label_words", "label_column", "target_column", "text_column", "text_pair_column")
-        _refuse(args, "--tokens-column", *others)
+        refuse(args, "--tokens-column", *others)
         tags_column = args.tags_column or "tags"
         return TokenClassificationTask(args.tokens_column, tags_column, _labels(args.train, tags_column))
-    if args.tags_column is not None:
-        raise InputError("expected --tokens-column with --tags-column, got it alone")
+    require(args, "--tokens-column", "tags_column")
     if args.text_column is not None:
-        _refuse(args, "--text-column", "template", "label_words", "target_column")
+        refuse(args, "--text-column", "template", "label_words", "target_column")
         label_column = args.label_column or "label"
         return SequenceClassificationTask(
             args.text_column, args.text_pair_column, label_column, _labels(args.train, label_column)
@@ -99,9 +97,9 @@ def make_task(args: argparse.Namespace) -> Task:
         raise InputError("expected --template (or --text-column for a BERT model), got neither")
     template = Template(unescape(args.template))
     if args.target_column is not None:
-        _refuse(args, "--target-column", "label_words", "label_column", "text_pair_column")
+        refuse(args, "--target-column", "label_words", "label_column", "text_pair_column")
         return (Seq2SeqTask if is_seq2seq(args.model) else GenerationTask)(template, args.target_column)
-    _refuse(args, "--template", "text_pair_column")
+    refuse(args, "--template", "text_pair_column")
     label_column = args.label_column or "label"
     if args.label_words is not None:
         verbalizer = Verbalizer(read_label_words(args.label_words))
@@ -110,23 +108,23 @@ def make_task(args: argparse.Namespace) -> Task:
     return word_task(args.model, template, verbalizer, label_column)
 
 
-def labelled_task(args: argparse.Namespace, data: str) -> LabelledTask:
+def labelled_task(args: argparse.Namespace, data: str, words_option: str = "--label-words") -> LabelledTask:
     """Classification by words (--template, --label-words) or by a head (--text-column), whose labels are those of the
-    file `data`; rows without one are passed over."""
+    file `data`; rows without one are passed over. Errors call the option of the words `words_option`."""
     from ptengine.data import SequenceClassificationTask
 
+    label_column = args.label_column or "label"
     if args.text_column is not None:
-        _refuse(args, "--text-column", "template", "label_words")
-        labels = _labels(data, args.label_column, skip_missing=True)
-        return SequenceClassificationTask(args.text_column, args.text_pair_column, args.label_column, labels)
-    _refuse(args, "--template", "text_pair_column")
-    for name in ("template", "label_words"):
-        if getattr(args, name) is None:
+        refuse(args, "--text-column", "template", "label_words")
+        labels = _labels(data, label_column, skip_missing=True)
+        return SequenceClassificationTask(args.text_column, args.text_pair_column, label_column, labels)
+    refuse(args, "--template", "text_pair_column")
+    for option, value in (("--template", args.template), (words_option, args.label_words)):
+        if value is None:
             raise InputError(
-                f"expected --template and --label-words (or --text-column for a BERT model), got no "
-                f"--{name.replace('_', '-')}"
+                f"expected --template and {words_option} (or --text-column for a BERT model), got no {option}"
             )
-    return classification_task(args.model, args.template, args.label_words, args.label_column)
+    return classification_task(args.model, args.template, args.label_words, label_column, words_option)
 
 
 def _question_task(args: argparse.Namespace) -> Task:
@@ -134,16 +132,10 @@ def _question_task(args: argparse.Namespace) -> Task:
 
     given = {name: getattr(args, name) for name in _QUESTION_OPTIONS if getattr(args, name) is not None}
     if "question_column" not in given:
-        raise InputError(f"expected --question-column with --{next(iter(given)).replace('_', '-')}, got it alone")
+        require(args, "--question-column", *given)
     others = ("template", "label_words", "label_column", "target_column", "text_column", "text_pair_column")
-    _refuse(args, "--question-column", *others)
+    refuse(args, "--question-column", *others)
     return QuestionAnsweringTask(**given)
-
-
-def _refuse(args: argparse.Namespace, chosen: str, *others: str) -> None:
-    for name in others:
-        if getattr(args, name) is not None:
-            raise InputError(f"expected no --{name.replace('_', '-')} with {chosen}, got {getattr(args, name)!r}")
 
 
 def _labels(path: str, column: str, skip_missing: bool = False) -> tuple[str, ...]:

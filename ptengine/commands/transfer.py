@@ -19,6 +19,8 @@ from ptengine.commands.options import (
     classification_task,
     config_options,
     number,
+    refuse,
+    require,
     whole,
 )
 from ptengine.commands.task_options import labelled_task
@@ -47,6 +49,10 @@ INITS = {"soft": "sampled_vocab", "prefix": "random"}
 _SET_HERE = (
     "output_dir", "max_steps", "num_train_epochs", "logging_steps", "disable_tqdm", "eval_strategy", "eval_steps",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better", "early_stopping_patience", "report_to",
+)  # fmt: skip
+
+_OF_SOURCES = (
+    "source_template", "source_verbalizer", "source_steps", "source_learning_rate", "pool_sources", "joint", "balance",
 )  # fmt: skip
 
 
@@ -88,7 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     cleaning.add_argument("--max-characters", type=whole(1), metavar="N", help="longest text (default: no cap)")
     cleaning.add_argument(
-        "--too-long", type=choice("drop", "cut"), default="drop", metavar="NAME", help="drop or cut (default: drop)"
+        "--too-long", type=choice("drop", "cut"), metavar="NAME", help="drop or cut such texts (default: drop)"
     )
     cleaning.add_argument(
         "--balance", action="store_true", help="draw as many source rows of each label as the rarest has"
@@ -108,9 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prompt.add_argument(
         "--steps", type=whole(1), default=60, metavar="N", help="optimiser steps on the target's shots (default: 60)"
     )
-    prompt.add_argument(
-        "--source-steps", type=whole(1), default=200, metavar="N", help="optimiser steps on a source (default: 200)"
-    )
+    prompt.add_argument("--source-steps", type=whole(1), metavar="N", help="optimiser steps on a source (default: 200)")
     prompt.add_argument(
         "--source-learning-rate", type=number, metavar="X", help="on a source (default: the method's own)"
     )
@@ -130,7 +134,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     prompt.add_argument("--joint", type=number, metavar="A", help="train on a*source + (1-a)*target with this a")
     prompt.add_argument(
-        "--joint-schedule", default="constant", metavar="NAME",
+        "--joint-schedule", metavar="NAME",
         help="constant, or linear or cosine from a to 0 (default: constant)",
     )  # fmt: skip
     prompt.add_argument("--anchor", type=number, metavar="W", help="stay near the start, with this weight")
@@ -183,7 +187,7 @@ def run(args: argparse.Namespace) -> Outcome:
     )
     bank = _bank(args)
     settings = _settings(args, training.seed)  # refuses before a model is loaded
-    task = labelled_task(args, args.target)
+    task = labelled_task(args, args.target, "--verbalizer")
     source_task = _source_task(args, task)
     sources = _sources(args.source)
     device, dtype = pick_device(args.device), args.dtype or "float32"
@@ -209,14 +213,11 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def _source_task(args: argparse.Namespace, task: LabelledTask) -> LabelledTask:
-    given = [name for name in ("source_template", "source_verbalizer") if getattr(args, name) is not None]
     if args.text_column is not None:
-        if given:
-            raise InputError(f"expected no --{given[0].replace('_', '-')} with --text-column, got it")
+        refuse(args, "--text-column", "source_template", "source_verbalizer")
         return task
-    return classification_task(
-        args.model, args.source_template or args.template, args.source_verbalizer or args.label_words, args.label_column
-    )
+    template, words = args.source_template or args.template, args.source_verbalizer or args.label_words
+    return classification_task(args.model, template, words, args.label_column, "--source-verbalizer")
 
 
 def _bank(args: argparse.Namespace) -> PromptBank | None:
@@ -256,15 +257,18 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
         rates = tuple(float(rate) for rate in args.scratch_rates.split(","))
     except ValueError:
         raise InputError(f"expected --scratch-rates as numbers with commas, got {args.scratch_rates!r}") from None
-    if args.joint is None and args.joint_schedule != "constant":
-        raise InputError(f"expected --joint with --joint-schedule, got --joint-schedule {args.joint_schedule} alone")
     if (args.self_train is None) != (args.unlabelled is None):
         raise InputError("expected --self-train and --unlabelled together, got one of them")
-    for name in ("confidence", "consistency"):
-        if args.self_train is None and getattr(args, name) is not None:
-            raise InputError(f"expected --self-train with --{name}, got --{name} alone")
-    if args.distill is None and args.distill_similarity is not None:
-        raise InputError("expected --distill with --distill-similarity, got --distill-similarity alone")
+    if not args.source:
+        require(args, "--source", *_OF_SOURCES)
+    if args.max_characters is None:
+        require(args, "--max-characters", "too_long")
+    if args.joint is None:
+        require(args, "--joint", "joint_schedule")
+    if args.distill is None:
+        require(args, "--distill", "distill_similarity")
+    if args.self_train is None:
+        require(args, "--self-train", "confidence", "consistency")
     method = args.method or "soft"
     return FlowSettings(
         method=METHODS[method],
@@ -272,21 +276,21 @@ def _settings(args: argparse.Namespace, seed: int) -> FlowSettings:
         init=INITS[method],
         shots=args.shots,
         test_rows=args.test_rows,
-        source_steps=args.source_steps,
+        source_steps=args.source_steps or 200,
         source_learning_rate=args.source_learning_rate,
         pool_sources=args.pool_sources,
         control=not args.no_control,
         cleaning=Cleaning(
             normalization=args.normalization,
             max_characters=args.max_characters,
-            too_long=args.too_long,
+            too_long=args.too_long or "drop",
             balance="downsample" if args.balance else "none",
             seed=seed,
         ),
         augmentation=None if args.augment is None else Augmentation(args.augment, seed=seed),
         strategy=Strategy(
             Initialize(args.combine, args.top_k, args.measure, fresh=args.fresh),
-            joint=None if args.joint is None else Joint(args.joint, args.joint_schedule),
+            joint=None if args.joint is None else Joint(args.joint, args.joint_schedule or "constant"),
             anchor=None if args.anchor is None else Anchor(args.anchor),
             distill=None if args.distill is None else Distill(args.distill, args.distill_similarity),
             self_train=None

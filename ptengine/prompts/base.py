@@ -1,7 +1,8 @@
 """The contract every prompt method keeps.
 
-A prompt holds what is trained, in fp32 whatever the backbone's dtype, and lowers itself to one of the two forms the
-backbone understands. It never sees data, a trainer or the attention, and keeps no reference to the model.
+A prompt holds what is trained, in fp32 whatever the backbone's dtype, and lowers itself to one of the forms that the
+backbone understands (`ptengine.backbone.lowering`). It never sees data, a trainer or the attention, and keeps no
+reference to the model.
 """
 
 from __future__ import annotations

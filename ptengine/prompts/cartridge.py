@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.backbone.spec import backbone_spec
-from ptengine.errors import InputError, UnsupportedModelError
+from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import DEFAULT_NUM_VIRTUAL_TOKENS, check_count
-from ptengine.prompts.prefix import Prefix, flat_rate, text_blocks
+from ptengine.prompts.prefix import Prefix, flat_rate, require_prefix, text_blocks
 from ptengine.prompts.registry import register
 from ptengine.prompts.reparametrized import check_whole
 
@@ -43,7 +43,8 @@ class Cartridge(Prompt):
 
     Raises:
         InputError: an argument has the wrong type or range, the text has too few tokens, or the model is an encoder.
-        UnsupportedModelError: the model is of no supported type, or its values are not as wide as its keys.
+        UnsupportedModelError: the model is of no supported type, takes no prefix, or its values are not as wide as its
+            keys.
     """
 
     keys: nn.Parameter
@@ -61,11 +62,7 @@ class Cartridge(Prompt):
         num_frozen_tokens: int = 1,
     ) -> None:
         spec = backbone_spec(model)
-        if spec.value_dim != spec.head_dim:
-            raise UnsupportedModelError(
-                f"model type {spec.model_type!r} is not supported by Cartridge: its values are {spec.value_dim} wide "
-                f"and its keys {spec.head_dim}"
-            )
+        require_prefix(spec, "Cartridge")
         count = check_count(DEFAULT_NUM_VIRTUAL_TOKENS if num_virtual_tokens is None else num_virtual_tokens, spec)
         _check_frozen(num_frozen_tokens, count)
         ids = _first_tokens(tokenizer, text, count, spec.vocab_size)

@@ -15,7 +15,10 @@ from torch import nn
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["BackboneFacts", "backbone_facts", "embedding_scale"]
+__all__ = ["COMPARED", "BackboneFacts", "backbone_facts", "embedding_scale"]
+
+COMPARED = ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+"""The fields of `BackboneFacts` that decide whether a prompt fits a model."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ class BackboneFacts:
         Raises:
             InputError: naming the first field that differs, what the prompt expects and what the model has.
         """
-        for name in _COMPARED:
+        for name in COMPARED:
             expected, got = getattr(self, name), getattr(model, name)
             if expected != got:
                 raise InputError(f"{what} was made for another backbone: expected {name} {expected!r}, got {got!r}")
 
     def require_fits(self, spec: BackboneSpec, what: str) -> None:
         """As `require_same`, for a model at hand of which nothing needs to be told."""
-        self.require_same(replace(self, **{name: getattr(spec, name) for name in _COMPARED}), what)
+        self.require_same(replace(self, **{name: getattr(spec, name) for name in COMPARED}), what)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -108,7 +111,6 @@ def embedding_scale(spec: BackboneSpec) -> float:
     return scale
 
 
-_COMPARED = ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 _TYPES: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "str | None": (str, type(None))}
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ptengine.backbone.caches import whole_cache
 from ptengine.backbone.lowering import KeyValuePrefix
+from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.prompts.base import Prompt
@@ -32,7 +33,7 @@ from ptengine.prompts.io import load_prompt
 from ptengine.prompts.registry import register
 from ptengine.prompts.soft_prompt import checked_config
 
-__all__ = ["Prefix", "blocks_to_prefix", "flat_rate", "prefix_to_blocks", "text_blocks"]
+__all__ = ["Prefix", "blocks_to_prefix", "flat_rate", "prefix_to_blocks", "require_prefix", "text_blocks"]
 
 INITS = ("random", "zero", "text", "array", "prompt")
 
@@ -40,6 +41,8 @@ _NEEDS = {"text": ("init_text", "tokenizer"), "random": (), "zero": ()}
 
 # The scale weights of transformers themselves start from: small beside the keys and values of text.
 _RANDOM_STD = 0.02
+
+_PROJECTION_SIZE = 512
 
 
 @register("prefix")
@@ -67,7 +70,7 @@ class Prefix(Prompt):
             start at which the model sees the text. Causal models, flat, only.
             ``"array"``: `array` as it is. ``"prompt"``: the numbers of `prompt` as they are. Flat only.
         projection: train through the MLP.
-        projection_size: width of its hidden layer; 512 as in the paper.
+        projection_size: width of its hidden layer, None means 512 as in the paper; with `projection` only.
         init_text: a text; with ``"text"`` only.
         array: tensor, ndarray or the path of a .npy file, floating point [2, L, P, H_kv, D], keys first; with
             ``"array"`` only.
@@ -98,7 +101,7 @@ class Prefix(Prompt):
         init: str = "random",
         *,
         projection: bool = False,
-        projection_size: int = 512,
+        projection_size: int | None = None,
         init_text: str | None = None,
         array: Initial | None = None,
         prompt: Prompt | str | os.PathLike[str] | None = None,
@@ -106,15 +109,7 @@ class Prefix(Prompt):
         seed: int = 0,
     ) -> None:
         spec = backbone_spec(model)
-        if spec.no_prefix is not None:
-            raise UnsupportedModelError(
-                f"model type {spec.model_type!r} is not supported by Prefix: {spec.no_prefix}; a SoftPrompt works"
-            )
-        if spec.value_dim != spec.head_dim:
-            raise UnsupportedModelError(
-                f"model type {spec.model_type!r} is not supported by Prefix: its values are {spec.value_dim} wide and "
-                f"its keys {spec.head_dim}, and a Prefix holds both in one tensor; a SoftPrompt works"
-            )
+        require_prefix(spec, "Prefix")
         check_init(init, INITS)
         sources = {"init_text": init_text, "array": array, "prompt": prompt}
         if init == "text":
@@ -125,8 +120,11 @@ class Prefix(Prompt):
                 f"init={init!r} gives keys and values, which cannot be turned back into the weights of the MLP: "
                 "expected projection=False, or init random or zero"
             )
-        if isinstance(projection_size, bool) or not isinstance(projection_size, int) or projection_size < 1:
-            raise InputError(f"expected projection_size, a whole number of at least 1, got {projection_size!r}")
+        if projection_size is not None and not projection:
+            raise InputError(f"expected projection=True with projection_size, got projection_size={projection_size!r}")
+        size = _PROJECTION_SIZE if projection_size is None else projection_size
+        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+            raise InputError(f"expected projection_size, a whole number of at least 1, got {size!r}")
         generator = generator_from(seed)
 
         if init in ("array", "prompt"):
@@ -149,7 +147,7 @@ class Prefix(Prompt):
         self.init = init
         self.projection = projection
         if projection:
-            self._make_projection(projection_size, init == "zero", generator)
+            self._make_projection(size, init == "zero", generator)
         else:
             self.keys = nn.Parameter(given[0].clone())
             self.values = nn.Parameter(given[1].clone())
@@ -237,6 +235,17 @@ class Prefix(Prompt):
             nn.init.zeros_(last.bias)
 
 
+def require_prefix(spec: BackboneSpec, method: str) -> None:
+    """Refuse, for the method of this name, a model that takes no keys and values, or none that one tensor holds."""
+    reason = spec.no_prefix
+    if reason is None and spec.value_dim != spec.head_dim:
+        reason = f"its values are {spec.value_dim} wide and its keys {spec.head_dim}, and one tensor holds both"
+    if reason is not None:
+        raise UnsupportedModelError(
+            f"model type {spec.model_type!r} is not supported by {method}: {reason}; a SoftPrompt works"
+        )
+
+
 def flat_rate(facts: BackboneFacts) -> float:
     """What suits keys and values as parameters, by the width of the model."""
     return min(0.03, max(0.005, 0.03 * math.sqrt(96 / facts.hidden_size)))
@@ -285,17 +294,11 @@ def text_blocks(model: Any, spec: BackboneSpec, ids: Tensor) -> Tensor:
             f"a text's keys and values need a causal model, in which they depend on nothing behind them, got the "
             f"{spec.kind} {spec.model_type!r}: expected a Prefix with init random or zero"
         )
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            device = spec.word_embeddings.weight.device
-            # The cache that a model with sliding windows makes for itself drops the tokens that have left them.
-            cache = whole_cache(None, spec.num_layers, len(ids))
-            spec.base_model(input_ids=ids[None].to(device), past_key_values=cache, use_cache=True)
-    finally:
-        for module in training:
-            module.training = True
+    device = spec.word_embeddings.weight.device
+    # The cache that a model with sliding windows makes for itself drops the tokens that have left them.
+    cache = whole_cache(None, spec.num_layers, len(ids))
+    with torch.no_grad(), eval_mode(model):
+        spec.base_model(input_ids=ids[None].to(device), past_key_values=cache, use_cache=True)
     # Per layer [1, H_kv, P, D], keys after rotary embedding; as [P, H_kv, D] on the CPU.
     given: list[Any] = cache.layers
     layers = [(layer.keys[0].transpose(0, 1), layer.values[0].transpose(0, 1)) for layer in given]

@@ -30,7 +30,8 @@ class TrainingConfig:
     Attributes:
         output_dir: folder of everything the run writes: ``log.jsonl``, ``checkpoint-<step>/``, ``best/``, ``prompt/``,
             ``curve.png``.
-        num_train_epochs: passes over the training data, fractions allowed; ignored where `max_steps` is given.
+        num_train_epochs: passes over the training data, fractions allowed, one step at least; ignored where `max_steps`
+            is given.
         max_steps: optimiser steps; -1 means as many as `num_train_epochs` asks for.
         per_device_train_batch_size: rows of one micro-batch (one forward and backward).
         per_device_eval_batch_size: rows of one evaluation batch.
@@ -64,7 +65,8 @@ class TrainingConfig:
         load_best_model_at_end: put the weights of the best evaluation into the prompt (and head) when training ends;
             otherwise they stay those of the last step. ``best/`` is written either way.
         metric_for_best_model: name of an evaluation metric; None takes the task's own (``"accuracy"`` for
-            classification, ``"loss"`` otherwise).
+            classification, ``"loss"`` for texts to write, ``"f1"`` for answers, ``"accuracy"`` or ``"entity_f1"`` for
+            labels of words, ``"mrr"`` or ``"average_precision"`` for embeddings).
         greater_is_better: direction of `metric_for_best_model`; None means smaller for names that contain ``loss`` or
             ``perplexity`` and greater for all others.
         early_stopping_patience: stop after this many evaluations in a row without a new best; None for never.

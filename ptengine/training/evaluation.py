@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ptengine.backbone.generation import generate_in_batches
+from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
+from ptengine.data.metrics import check_bleu_tokenizer
 from ptengine.data.sources import name_of
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
@@ -24,6 +27,7 @@ from ptengine.training.objective import EvalResult, make_objective
 from ptengine.training.preparation import (
     DataSource,
     check_evaluation,
+    check_flags,
     check_head,
     check_places,
     check_prompt,
@@ -73,7 +77,7 @@ def evaluate(
         tokenizer: the model's tokenizer.
         batch_size: rows per forward.
         max_length, truncation, bf16: as in `TrainingConfig`.
-        generate: write texts for a `GenerationTask` or a `Seq2SeqTask`.
+        generate: write texts for a `GenerationTask` or a `Seq2SeqTask`, up to what ends the model's or the task's.
         max_new_tokens: longest text written.
         bleu_tokenizer: see `ptengine.data.generation_metrics`.
 
@@ -83,6 +87,8 @@ def evaluate(
     for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"expected {name} to be an integer of at least 1, got {value!r}")
+    check_flags(truncation=truncation, bf16=bf16, generate=generate)
+    check_bleu_tokenizer(bleu_tokenizer)
     if generate and not isinstance(task, GenerationTask):
         raise InputError(f"expected a GenerationTask with generate=True, got {type(task).__name__}")
     if not isinstance(task, Task):
@@ -97,29 +103,24 @@ def evaluate(
     check_evaluation(objective, rows, batch_size, name_of(data, "data"), "batch_size")
     if generate:
         _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens, task.backbone_kind == "seq2seq")
-    training = [(module, module.training) for module in prompt.modules()] if prompt is not None else []
-    try:
-        if prompt is not None:
-            prompt.eval()
-        with frozen(model):
-            result = objective.evaluate(prompt, rows, batch_size)
-            if generate:
-                with torch.autocast(spec.word_embeddings.weight.device.type, torch.bfloat16, enabled=bf16):
-                    texts = generate_in_batches(
-                        model,
-                        prompt,
-                        [row.input_ids[: row.prompt_length] for row in rows],
-                        tokenizer,
-                        batch_size,
-                        max_new_tokens=max_new_tokens,
-                        do_sample=False,
-                        num_beams=1,
-                    )
-                scores = generation_metrics(texts, [row.references for row in rows], bleu_tokenizer=bleu_tokenizer)
-                result = replace(result, metrics=result.metrics | scores, predictions=texts)
-    finally:
-        for module, flag in training:
-            module.training = flag
+    with frozen(model), nullcontext() if prompt is None else eval_mode(prompt):
+        result = objective.evaluate(prompt, rows, batch_size)
+        if generate:
+            assert isinstance(task, GenerationTask)
+            with torch.autocast(spec.word_embeddings.weight.device.type, torch.bfloat16, enabled=bf16):
+                texts = generate_in_batches(
+                    model,
+                    prompt,
+                    [row.input_ids[: row.prompt_length] for row in rows],
+                    tokenizer,
+                    batch_size,
+                    task.ending(tokenizer),
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    num_beams=1,
+                )
+            scores = generation_metrics(texts, [row.references for row in rows], bleu_tokenizer=bleu_tokenizer)
+            result = replace(result, metrics=result.metrics | scores, predictions=texts)
     return result
 
 

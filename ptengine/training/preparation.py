@@ -27,6 +27,7 @@ __all__ = [
     "check_batches",
     "check_checkpointing",
     "check_evaluation",
+    "check_flags",
     "check_head",
     "check_own_head",
     "check_places",
@@ -37,6 +38,13 @@ __all__ = [
 ]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither True nor False: ``"no"`` would count as True."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise InputError(f"expected {name} to be True or False, got {flag!r}")
 
 
 def check_prompt(prompt: Prompt | None, model: Any) -> None:
@@ -132,8 +140,10 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
     For an encoder-decoder that is a source, and a target.
 
     Raises:
-        InputError: the prompt leaves no room, or `max_length` is more than it leaves.
+        InputError: the prompt leaves no room, or `max_length` is more than it leaves or no whole number of at least 1.
     """
+    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
+        raise InputError(f"expected max_length to be None or an integer of at least 1, got {max_length!r}")
     taken = 0 if prompt is None else prompt.num_positions
     reach = None if prompt is None else prompt.max_text_length
     room = spec.max_positions - taken
@@ -148,7 +158,9 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
         )
     if max_length is not None and reach is not None and max_length > reach:
         raise InputError(f"expected max_length of at most {reach}, the longest text of the prompt, got {max_length}")
-    return max_length or (room if reach is None else min(room, reach))
+    if max_length is not None:
+        return max_length
+    return room if reach is None else min(room, reach)
 
 
 def encode(

@@ -17,7 +17,7 @@ __all__ = ["Generators", "load_random_state", "random_state", "seed_everything"]
 def seed_everything(seed: int) -> None:
     """Seed python, numpy and torch (all devices)."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 

@@ -132,7 +132,10 @@ def sweep(
         for seed in _distinct("seeds", [config.seed] if seeds is None else list(seeds))
     ]
     prompts = [make_prompt(config.seed) for config in configs]
-    check_prompt(prompts[0], model)
+    for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise InputError(f"expected make_prompt to return a ptengine prompt, got {type(prompt).__name__}")
+        check_prompt(prompt, model)
     spec = backbone_spec(model)
     room = room_for_text(spec, prompts[0], config.max_length)
     train, held = (

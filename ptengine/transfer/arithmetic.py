@@ -20,7 +20,7 @@ from ptengine.prompts.headed import HeadedPrompt, without_head
 from ptengine.prompts.registry import create, prompt_class
 from ptengine.prompts.reparametrized import Parametrized
 
-__all__ = ["add_task_vectors", "form_of", "start_from", "weighted_mean"]
+__all__ = ["add_task_vectors", "form_of", "normalized_weights", "start_from", "weighted_mean"]
 
 
 def weighted_mean(prompts: Sequence[Prompt], weights: Sequence[float] | None = None) -> Prompt:
@@ -30,7 +30,7 @@ def weighted_mean(prompts: Sequence[Prompt], weights: Sequence[float] | None = N
         InputError: no prompts, prompts of different forms, or weights that are negative or add up to zero.
     """
     folded = _same_form(prompts)
-    shares = _shares(len(folded), weights)
+    shares = normalized_weights(len(folded), weights)
     states = [prompt.state_dict() for prompt in folded]
     return _filled(folded[0], {name: _sum(shares, [state[name] for state in states]) for name in states[0]})
 
@@ -51,7 +51,7 @@ def add_task_vectors(
     """
     folded = _same_form([*prompts, initial])
     start, moved = folded[-1].state_dict(), [prompt.state_dict() for prompt in folded[:-1]]
-    shares = _shares(len(moved), weights)
+    shares = normalized_weights(len(moved), weights)
     numbers = {}
     for name, origin in start.items():
         vector = _sum(shares, [state[name].double() - origin.double() for state in moved])
@@ -100,11 +100,18 @@ def _same_form(prompts: Sequence[Prompt]) -> list[Prompt]:
     return folded
 
 
-def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
-    values = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(values) != count or not all(math.isfinite(v) and v >= 0 for v in values) or sum(values) == 0:
-        raise InputError(f"expected {count} weights of at least 0 that do not add up to 0, got {values}")
-    return [value / math.fsum(values) for value in values]
+def normalized_weights(count: int, weights: Sequence[float] | None) -> list[float]:
+    """`weights` scaled to the sum 1; None means equal ones.
+
+    Raises:
+        InputError: another number of weights than `count`, one that is negative or not finite, or all of them 0.
+    """
+    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    if len(given) != count or not all(math.isfinite(w) and w >= 0 for w in given) or (count and max(given) == 0):
+        raise InputError(f"expected {count} weights of at least 0 that do not add up to 0, got {given}")
+    largest = max(given, default=1.0)
+    given = [weight / largest for weight in given]  # whose sum is finite
+    return [weight / math.fsum(given) for weight in given]
 
 
 def _sum(shares: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:

@@ -299,7 +299,10 @@ class PromptBank:
         prompt: Prompt | None = None,
         initial: Prompt | None = None,
         exclude: Sequence[str] = (),
-        **options: Any,
+        batch_size: int | None = None,
+        max_length: int | None = None,
+        truncation: bool | None = None,
+        bf16: bool | None = None,
     ) -> Search:
         """Entries that may help a target task, best first.
 
@@ -313,12 +316,15 @@ class PromptBank:
             task, shots: the target's task and a few of its rows; a distance needs no labels.
             prompt, initial: a prompt of the target, and its P0.
             exclude: names to leave out, such as the target itself.
-            options: of `ptengine.training.evaluate`, for ``"shot_loss"``.
+            batch_size, max_length, truncation, bf16: as in `ptengine.training.evaluate`, None for its own defaults; for
+                ``"shot_loss"`` only.
 
         Raises:
-            InputError: an empty bank, an unknown measure, or one without what it needs; `prompt` is not of finite
-                numbers.
+            InputError: an empty bank, an unknown measure, or one without what it needs or with what it does not read;
+                `prompt` is not of finite numbers.
         """
+        given = {"batch_size": batch_size, "max_length": max_length, "truncation": truncation, "bf16": bf16}
+        options = {name: value for name, value in given.items() if value is not None}
         needs: dict[str, dict[str, Any]] = {name: {"prompt": prompt} for name in PROMPT_MEASURES}
         needs |= {name: {"task": task, "shots": shots} for name in ("shot_loss", *DOMAIN_MEASURES)}
         if measure not in needs:
@@ -326,6 +332,8 @@ class PromptBank:
         for argument, value in needs[measure].items():
             if value is None:
                 raise InputError(f"expected {argument} to search by {measure}, got None")
+        if options and measure != "shot_loss":
+            raise InputError(f"expected no {next(iter(options))} to search by {measure}, got {options}")
         entries = [entry for entry in self.list() if entry.name not in exclude]
         if not entries:
             raise InputError(f"expected a bank with prompts to search, got {str(self.path)!r} with none")

@@ -9,7 +9,6 @@ Knows words, prompts and the trainer of many prompts; no bank.
 from __future__ import annotations
 
 import random
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +19,8 @@ from torch.nn import functional as F
 
 from ptengine.backbone.spec import backbone_spec
 from ptengine.data import ClassificationTask, load_rows, named_rows
+from ptengine.data.sources import name_of
+from ptengine.data.tasks import row_labels
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import write_json_atomic
 from ptengine.prompts import SoftPrompt
@@ -29,6 +30,7 @@ from ptengine.training import PromptSet, Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.preparation import DataSource, check_prompt
 from ptengine.transfer.arithmetic import start_from
+from ptengine.transfer.bank import check_name
 from ptengine.transfer.guard import SCRATCH, folds
 from ptengine.transfer.similarity import shot_metrics
 from ptengine.transfer.words import PromptWord, domain_terms, words_prompt
@@ -107,7 +109,7 @@ def bridge(
         texts, background: texts of the target and of other domains, for `domain_terms`; no labels.
         training: of every candidate in every round; `learning_rate` None takes that of each start. `output_dir` is the
             folder of everything.
-        sources: name to a prompt of this backbone, of any length, that is or folds to a `SoftPrompt`.
+        sources: name, as in a bank, to a prompt of this backbone, of any length, that is or folds to a `SoftPrompt`.
         num_virtual_tokens: of prompts that are embedded.
         rounds, samples, keep: whole numbers of at least 1; `samples` may be 0.
         resume: go on in an `output_dir` that holds such a run.
@@ -115,7 +117,9 @@ def bridge(
     Raises:
         InputError: what does not fit, before any training; every candidate diverged; as `PromptSet`.
     """
-    for name, value, least in (("rounds", rounds, 1), ("keep", keep, 1), ("samples", samples, 0)):
+    counts = {"num_virtual_tokens": num_virtual_tokens, "rounds": rounds, "keep": keep, "samples": samples}
+    for name, value in counts.items():
+        least = 0 if name == "samples" else 1
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise InputError(f"expected {name}, a whole number of at least {least}, got {value!r}")
     if not isinstance(task, ClassificationTask):
@@ -124,8 +128,11 @@ def bridge(
         raise InputError(
             f"expected eval_strategy off, since bridging holds back rows itself, got {training.eval_strategy!r}"
         )
-    rows = named_rows(load_rows(shots, name="shots"))
-    labels = [str(row.get(task.label_column)) for row in rows]
+    dataset = load_rows(shots, name="shots")
+    labels = row_labels(task, dataset, name_of(shots, "shots"))
+    rows = named_rows(dataset)
+    for name in sources or {}:
+        check_name(name)
     kept, away = folds(labels, len(rows), _PARTS, training.seed)[0]
     work = _Work(model, tokenizer, task, training, [rows[i] for i in kept], [rows[i] for i in away], num_virtual_tokens)
     pool = work.pool(texts, background)
@@ -206,11 +213,8 @@ class _Work:
             self.model, self.count, init="sampled_vocab", tokenizer=self.tokenizer, seed=self.training.seed
         )
         for name, source in sources.items():
-            if name in candidates or not re.fullmatch(r"\w[\w.-]{0,79}", name):
-                raise InputError(
-                    f"expected sources with names of letters, digits, '_', '-' or '.', none of "
-                    f"{', '.join(candidates)}, got {name!r}"
-                )
+            if name in candidates:
+                raise InputError(f"expected sources with names that no candidate has, got {name!r}")
             candidates[name] = start_from(self.model, _soft(source, self.model, f"source {name!r}"))
         return candidates, words
 

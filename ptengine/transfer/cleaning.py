@@ -66,6 +66,8 @@ class Cleaning:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise InputError(f"expected {name}, None or a whole number of at least 1, got {value!r}")
+        if self.too_long == "cut" and self.max_characters is None:
+            raise InputError("expected max_characters with too_long='cut', got None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise InputError(f"expected seed, a whole number of at least 0, got {self.seed!r}")
 

@@ -5,7 +5,6 @@ Knows tasks, prompts and the frozen model; trains nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,16 @@ from ptengine.training import EvalResult
 from ptengine.training.freezing import frozen
 from ptengine.training.objective import make_objective
 from ptengine.training.objective_base import class_result, perplexity
-from ptengine.training.preparation import DataSource, check_own_head, check_places, check_prompt, encode, room_for_text
+from ptengine.training.preparation import (
+    DataSource,
+    check_flags,
+    check_own_head,
+    check_places,
+    check_prompt,
+    encode,
+    room_for_text,
+)
+from ptengine.transfer.arithmetic import normalized_weights
 from ptengine.transfer.word_scores import (
     WordTask,
     bound_words,
@@ -82,7 +90,7 @@ def evaluate_ensemble(
         InputError: no prompts, prompts of different kinds or of another backbone, weights that are not as described,
             another kind of task, or as `evaluate`.
     """
-    log_w = torch.tensor(_shares(len(prompts), weights), dtype=torch.float64).log()  # [N]
+    log_w = torch.tensor(normalized_weights(len(prompts), weights), dtype=torch.float64).log()  # [N]
     work = _checked(model, prompts, task, data, tokenizer, batch_size, max_length, truncation, bf16)
     total, count = 0.0, 0
     predicted: list[int] = []
@@ -200,6 +208,7 @@ def _checked(
         raise InputError("expected at least one prompt for an ensemble, got none")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise InputError(f"expected batch_size to be an integer of at least 1, got {batch_size!r}")
+    check_flags(truncation=truncation, bf16=bf16)
     for prompt in prompts:
         if prompt is None:
             raise InputError("expected prompts for an ensemble, got None among them")
@@ -218,12 +227,3 @@ def _checked(
     room = min(room_for_text(spec, prompt, max_length) for prompt in prompts)
     rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec).rows
     return _Work(model, spec, lowered, heads, task, bound_words(task, tokenizer), rows, batch_size, bf16)
-
-
-def _shares(count: int, weights: Sequence[float] | None) -> list[float]:
-    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
-    if len(given) != count or not all(math.isfinite(w) and w >= 0 for w in given) or (count and sum(given) == 0):
-        raise InputError(f"expected {count} weights of at least 0 that do not add up to 0, got {given}")
-    largest = max(given, default=1.0)
-    given = [weight / largest for weight in given]  # whose sum is finite
-    return [weight / math.fsum(given) for weight in given]

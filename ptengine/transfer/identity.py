@@ -13,12 +13,10 @@ from typing import Any
 
 from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import backbone_spec
-from ptengine.prompts.facts import BackboneFacts, backbone_facts
+from ptengine.prompts.facts import COMPARED, BackboneFacts, backbone_facts
 from ptengine.training.identity import fingerprint_model
 
 __all__ = ["BackboneIdentity", "identify", "tokenizer_sha256"]
-
-_SHAPE = ("model_type", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class BackboneIdentity:
 
     def difference(self, other: BackboneIdentity) -> str | None:
         """Why a prompt of this backbone is not one of `other`, in words; None where it is."""
-        for name in _SHAPE:
+        for name in COMPARED:
             mine, its = getattr(self.facts, name), getattr(other.facts, name)
             if mine != its:
                 return f"it was made for a backbone with {name} {mine!r}, this one has {its!r}"
@@ -51,7 +49,7 @@ class BackboneIdentity:
 
     def is_other_model(self, other: BackboneIdentity) -> bool:
         """Whether `other` is another model, rather than the same in another dtype or behind another tokenizer."""
-        if any(getattr(self.facts, name) != getattr(other.facts, name) for name in _SHAPE):
+        if any(getattr(self.facts, name) != getattr(other.facts, name) for name in COMPARED):
             return True
         return self.dtype == other.dtype and self.fingerprint != other.fingerprint
 

@@ -170,15 +170,15 @@ def attention_words(
     return _diverse(ranked, _embedded(model, tokenizer, [word.text for word in ranked]), top_k, diversity)
 
 
-def with_words(template: str, words: Sequence[PromptWord | str], separator: str = ", ") -> Template:
-    """A hard prompt: `template` with ``{words}`` filled, the other columns left for the rows.
+def with_words(template: str, words: Sequence[PromptWord | str]) -> Template:
+    """A hard prompt: `template` with ``{words}`` filled, commas between them, the other columns left for the rows.
 
     Raises:
         InputError: no words, no ``{words}``, or a template that `Template` refuses.
     """
     if not words or "{words}" not in template:
         raise InputError(f"expected words and a template with {{words}}, got {len(words)} words and {template!r}")
-    said = separator.join(_text(word) for word in words)
+    said = ", ".join(_text(word) for word in words)
     return Template(template.replace("{words}", said.replace("{", "{{").replace("}", "}}")))
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import ptengine.kernels.prefix_concat  # noqa: F401 (an operation is known once it is imported)
 from ptengine.backbone import generate, pack_rows, packed_loss, patched
-from ptengine.kernels.dispatch import ENVIRONMENT, explain, resolve_backend
+from ptengine.commands.loading import import_operations
+from ptengine.kernels.dispatch import ENVIRONMENT, explain, operations, resolve_backend
 
 from .stock import CAUSAL, HIDE, make, parameters, prefix, random_rows, relative, stock_loss, virtual
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the interpreter's run; a GPU takes the kernels anyway"
 )
 
-OPERATIONS = ("linear_cross_entropy", "prefix_attention", "prefix_attention_varlen", "prefix_concat")
+import_operations()  # which makes them known
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_generation_equals_the_pytorch_path(kind: str, launches: list[str], monk
     assert len(launches) == count
 
 
-@pytest.mark.parametrize("op", OPERATIONS)
+@pytest.mark.parametrize("op", operations())
 def test_a_gpu_takes_the_kernels_by_itself(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(ENVIRONMENT, raising=False)
     assert resolve_backend(None, torch.device("cuda"), op, dtype=torch.float16) == "triton"

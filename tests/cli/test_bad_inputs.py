@@ -278,6 +278,14 @@ CASES: dict[str, tuple[Build, tuple[str, ...]]] = {
     "unknown start": (lambda b: b.tune("--init", "magic"), ("init", "random", "'magic'")),
     "start from text without one": (lambda b: b.tune("--init", "text"), ("init_text", "None")),
     "text that would be ignored": (lambda b: b.tune("--init-text", "so"), ("init='random'", "init_text")),
+    "length of texts that are not written": (
+        lambda b: b.eval("--max-new-tokens", "7"),
+        ("--write-texts with --max-new-tokens",),
+    ),
+    "width of a projection that is none": (
+        lambda b: b.tune("--method", "prefix", "--projection-size", "7"),
+        ("projection=True with projection_size", "7"),
+    ),
     "option of another method": (lambda b: b.tune("--projection"), ("'soft_prompt'", "'projection'")),
     "array of another shape": (
         lambda b: b.tune("--init", "array", "--init-array", b.file("a.npy", NPY)),

@@ -376,6 +376,10 @@ def test_demo(task: str, count: int, call: Callable[..., Any], tmp_path: Path, m
     assert len(result.json["test"]) == count
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == result.json
     assert (tmp_path / "out" / "curve.png").read_bytes().startswith(b"\x89PNG")
+    # For people it is a table.
+    shown = call("demo", "--task", task, "--output", tmp_path / "again").out
+    for words in ("tuned prompt", *(f"{result.json['test']['tuned prompt'][name]:.4f}" for name in settings.columns)):
+        assert words in shown
     # What it says to do next works as it says it.
     import shlex
 
@@ -383,26 +387,6 @@ def test_demo(task: str, count: int, call: Callable[..., Any], tmp_path: Path, m
         program, *arguments = shlex.split(line)
         assert program == "ptengine"
         assert call(*arguments).status == 0
-
-
-def test_demo_prints_a_table_for_people() -> None:
-    from ptengine.cli import _print
-    from ptengine.commands import Outcome
-    from ptengine.commands.demo import DEMOS, _shown
-
-    data = {
-        "task": "sms_spam", "test": {"tuned prompt": {"accuracy": 0.5, "macro_f1": 0.25}}, "prompt": "p", "output": "o",
-        "curve": "c", "steps": 1, "tokens_per_second": 2.0, "seconds": 3.0, "next": ["ptengine eval"],
-    }  # fmt: skip
-    import contextlib
-    import io
-
-    stream = io.StringIO()
-    with contextlib.redirect_stdout(stream):
-        _print(Outcome(data, _shown(DEMOS["sms_spam"], data)), as_json=False)
-    assert "tuned prompt" in stream.getvalue()
-    assert "0.2500" in stream.getvalue()
-    assert "macro-F1" in stream.getvalue()
 
 
 def test_doctor(world: Any, call: Callable[..., Any], monkeypatch: Any) -> None:
@@ -473,6 +457,15 @@ def test_texts_of_a_classification_prompt_named_internals(world: Any, call: Call
     done = call("eval", "--prompt", tmp_path / "out", "--data", world.test, "--write-texts")
     assert done.status == 2
     assert done.err == "error: expected --write-texts with a prompt that writes texts, got one for classification\n"
+
+
+def test_a_demo_that_was_refused_left_an_empty_folder(
+    call: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PTENGINE_BACKEND", "triton")
+    done = call("demo", "--output", tmp_path / "out")
+    assert (done.status, "PTENGINE_BACKEND=triton" in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_demo_that_cannot_write_failed_after_the_baselines(

@@ -168,7 +168,7 @@ def test_an_ensemble_took_prompts_of_other_tasks(
         ("bert", ["--embedding", "--label-column", "label"], "label_column and positive_label, both or neither"),
         ("bert", ["--tags-column", "tags"], "--tokens-column with --tags-column"),
         ("bert", ["--tokens-column", "tokens", "--template", "x"], "no --template with --tokens-column"),
-        ("bert", ["--stride", "3"], "--question-column with --stride, got it alone"),
+        ("bert", ["--stride", "3"], "--question-column with --stride, got --stride alone"),
         ("bert", ["--question-column", "q", "--text-column", "text"], "no --text-column with --question-column"),
         ("llama", ["--question-column", "q"], "--question-column is for encoders"),
         ("llama", ["--template", "{text}{prompt:0}"], "virtual tokens as '{prompt:10}'"),

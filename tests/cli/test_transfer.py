@@ -133,6 +133,9 @@ def test_a_masked_language_model_fills_in_the_label(world: Any, call: Callable[.
     ("more", "words"),
     [
         (["--verbalizer", "good= fine"], "at least two labels"),
+        # It was told that --label-words was wrong.
+        (["--verbalizer", "oops"], "expected --verbalizer as"),
+        (["--verbalizer", "good= fine,bad= poor", "--source-verbalizer", "oops"], "expected --source-verbalizer as"),
         (["--verbalizer", "good= fine,bad= poor", "--anchor", "-1"], "expected anchor weight"),
         (["--verbalizer", "good= fine,bad= poor", "--combine", "sum"], "expected combine"),
         (["--verbalizer", "good= fine,bad= poor", "--joint-schedule", "linear"], "expected --joint with"),
@@ -240,8 +243,10 @@ def test_a_prompt_is_carried_to_another_model_within_its_bank(
     for more, words in (
         (["--into", "lin"], "free in the bank"),
         (["--into", "x", "--method", "projector"], "expected --data with"),
-        (["--into", "x", "--data", world.train], "expected --data with --method projector"),
-        (["--into", "x", "--truncation"], "expected --truncation with --method projector"),
+        (["--into", "x", "--data", world.train], "expected --method projector with --data"),
+        (["--into", "x", "--truncation"], "expected --method projector with --truncation"),
+        # Nothing is drawn in the linear carrying: any seed was taken.
+        (["--into", "x", "--seed", "1"], "expected no --seed with --method v2v_lin"),
         (["--into", "x", "--from", large], "expected a prompt of this model"),
     ):
         refused = call(*asked, *more)
@@ -265,7 +270,7 @@ def test_an_ensemble_is_evaluated_in_one_call(world: Any, call: Callable[..., An
         (["--ensemble", a], "different prompts"),
         # One prompt under two names counted twice.
         (["--ensemble", f"{a}/prompt"], "different prompts"),
-        (["--write-texts"], "without --write-texts"),
+        (["--write-texts"], "expected no --write-texts with --ensemble"),
         (["--ensemble", "nowhere"], "no folder"),
     ):
         refused = call(*asked, *more)
@@ -279,6 +284,18 @@ def test_an_ensemble_is_evaluated_in_one_call(world: Any, call: Callable[..., An
         (["transfer", *ASKED], "expected --source or --bank"),
         # Without --self-train it was read by nothing, and 2 is no probability.
         (["transfer", *ASKED, "--bank", ".", "--confidence", "2"], "expected --self-train with --confidence"),
+        # Options that nothing read were taken, whatever they said.
+        (["transfer", *ASKED, "--bank", ".", "--source-template", "{no}"], "expected --source with --source-template"),
+        (["transfer", *ASKED, "--bank", ".", "--source-verbalizer", "a=b"], "--source with --source-verbalizer"),
+        (["transfer", *ASKED, "--bank", ".", "--source-steps", "7"], "expected --source with --source-steps"),
+        (["transfer", *ASKED, "--bank", ".", "--balance"], "expected --source with --balance"),
+        (["transfer", *ASKED, "--bank", ".", "--too-long", "cut"], "expected --max-characters with --too-long"),
+        (["bank", "search", "--bank", ".", "--prompt", "x", "--template", "{"], "expected --shots with --template"),
+        (["bank", "search", "--bank", ".", "--prompt", "x", "--truncation"], "expected --shots with --truncation"),
+        (
+            ["bank", "search", "--bank", ".", "--shots", "x", "--measure", "mmd", "--max-length", "3"],
+            "expected no --max-length with --measure mmd",
+        ),
         (["transfer", *ASKED, "--bank", "nowhere"], "no folder"),
         (["transfer", *ASKED, "--bank", "."], "expected a bank with a prompt to transfer from"),
         (["bank"], "expected ACTION"),

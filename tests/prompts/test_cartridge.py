@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
 import ptengine
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.data import ClassificationTask, Template, Verbalizer
-from ptengine.errors import InputError
+from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.prompts import Cartridge, Prefix, SoftPrompt, concatenate_prefixes, load_prompt
 
 TEXT = "is this review good or bad very positive negative good"  # <s> and ten words
@@ -134,6 +135,12 @@ def test_bad_input_is_one_clear_error(gpt2, tokenizer, case):
     given = {"num_virtual_tokens": 6, "text": TEXT, "tokenizer": tokenizer} | arguments
     with pytest.raises(InputError, match=message):
         Cartridge(gpt2, **given)
+
+
+def test_a_model_without_prefixes_made_a_stack_of_nothing(tokenizer):
+    small = transformers.MambaConfig(vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=1)
+    with pytest.raises(UnsupportedModelError, match=r"is not supported by Cartridge: .*; a SoftPrompt works"):
+        Cartridge(transformers.MambaForCausalLM(small), 6, text=TEXT, tokenizer=tokenizer)
 
 
 def test_what_cannot_be_one_prefix_is_refused(make_model, gpt2, tokenizer, cartridge):

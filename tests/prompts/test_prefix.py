@@ -65,7 +65,7 @@ def test_the_global_random_state_is_left_alone(gpt2, projection):
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_zero_is_zero(model, projection):
-    lowered = Prefix(model, 5, "zero", projection=projection, projection_size=7).lower()
+    lowered = Prefix(model, 5, "zero", projection=projection, projection_size=7 if projection else None).lower()
     assert lowered.keys.shape == shape_of(model, 5)
     assert not lowered.keys.any()
     assert not lowered.values.any()
@@ -76,7 +76,7 @@ def test_zero_is_zero(model, projection):
 )
 def test_tokens_of_a_flat_zero_start_stay_equal_and_no_others_do(gpt2, init, projection, same):
     """What the documentation of `init` warns of."""
-    prefix = Prefix(gpt2, 4, init, projection=projection, projection_size=7)
+    prefix = Prefix(gpt2, 4, init, projection=projection, projection_size=7 if projection else None)
     optimizer = torch.optim.SGD(prefix.parameters(), lr=1.0)
     for _ in range(3):
         optimizer.zero_grad()
@@ -222,7 +222,7 @@ def test_projection_starts_as_torch_layers_do(gpt2):
 @pytest.mark.parametrize("init", ["random", "zero"])
 @pytest.mark.parametrize("projection", [False, True])
 def test_fold_changes_no_number_and_drops_the_mlp(model, projection, init, dtype):
-    prefix = Prefix(model, 5, init, projection=projection, projection_size=7).to(dtype)
+    prefix = Prefix(model, 5, init, projection=projection, projection_size=7 if projection else None).to(dtype)
     with torch.no_grad():
         for parameter in prefix.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
@@ -242,7 +242,7 @@ def test_fold_changes_no_number_and_drops_the_mlp(model, projection, init, dtype
 
 @pytest.mark.parametrize("projection", [False, True])
 def test_gradients_reach_every_parameter(model, projection):
-    prefix = Prefix(model, 5, projection=projection, projection_size=7)
+    prefix = Prefix(model, 5, projection=projection, projection_size=7 if projection else None)
     lowered = prefix.lower()
     ((lowered.keys * torch.randn_like(lowered.keys)).sum() + lowered.values.square().sum()).backward()
     for name, parameter in prefix.named_parameters():
@@ -302,6 +302,7 @@ BAD = {
     "array with projection": ({"init": "array", "array": torch.zeros(2, 2, 4, 4, 8), "projection": True}, "the MLP"),
     "projection size zero": ({"projection": True, "projection_size": 0}, "projection_size.*got 0"),
     "projection size of another type": ({"projection": True, "projection_size": "512"}, "projection_size.*got '512'"),
+    "projection size without projection was ignored": ({"projection_size": 64}, "expected projection=True"),
     "no array": ({"init": "array"}, "needs array"),
     "array of other layers": (
         {"init": "array", "array": torch.zeros(2, 3, 4, 4, 8)},

@@ -14,6 +14,7 @@ from ptengine.backbone import is_patched
 from ptengine.data import ClassificationTask, Template, Verbalizer, classification_metrics, generation_metrics
 from ptengine.errors import InputError
 from ptengine.training import evaluate
+from ptengine.transfer import evaluate_ensemble
 
 
 def _log_probs(model: Any, prompt: Any, ids: list[int]) -> torch.Tensor:
@@ -138,6 +139,24 @@ def test_generated_texts_stand_in_the_rows_order(tiny: ModuleType, with_prompt: 
     assert {name: found.metrics[name] for name in scores} == scores
 
 
+@pytest.mark.parametrize("own", [None, 2, [2, 3]])
+def test_texts_went_on_behind_the_ending_of_their_task(tiny: ModuleType, own: Any) -> None:
+    """Only what ends the model's texts ended them; the tokenizer's EOS, which training teaches, was written over."""
+    model, tokens, row = tiny.llama(), tiny.tokenizer(), {"text": "film song", "target": "fine"}
+    with torch.no_grad():  # the last token alone says what follows: "it", "fine", EOS, "walk" and no end
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        it, fine, walk = tokens("it fine walk")["input_ids"]
+        seen = torch.nn.functional.normalize(model.model.embed_tokens.weight[[it, fine, tokens.eos_token_id, walk]])
+        following = torch.tensor([fine, tokens.eos_token_id, walk, walk])
+        model.lm_head.weight.zero_().index_add_(0, following, seen)
+    model.generation_config.eos_token_id = own
+    found = evaluate(model, tiny.soft(model), tiny.text_task(), [row], tokens, generate=True, max_new_tokens=8)
+    assert found.predictions == ["fine"]
+    assert model.generation_config.eos_token_id == own
+
+
 def test_encoder_head_equals_the_stock_model(tiny: ModuleType) -> None:
     model, tokens = tiny.bert(), tiny.tokenizer(True)
     rows = tiny.rows(10, 3)
@@ -186,3 +205,35 @@ def test_too_many_new_tokens_were_refused_as_a_text_of_less_than_none(tiny: Modu
         evaluate(
             model, tiny.soft(model, 4), tiny.text_task(), rows, tokens, batch_size=2, generate=True, max_new_tokens=room
         )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 0}, "expected max_length to be None or .* at least 1, got 0"),  # meant no limit
+        ({"max_length": -3}, "expected max_length .*, got -3"),  # was called max_tokens
+        ({"max_length": "8"}, "expected max_length .*, got '8'"),  # a TypeError
+        ({"truncation": "no"}, "expected truncation to be True or False, got 'no'"),  # counted as True
+        ({"bf16": "no"}, "expected bf16 to be True or False, got 'no'"),  # torch's TypeError
+    ],
+)
+def test_settings_that_a_training_run_refuses_were_taken(
+    tiny: ModuleType, options: dict[str, Any], message: str
+) -> None:
+    model = tiny.gpt2()
+    for ask in (evaluate, evaluate_ensemble):
+        prompt = tiny.soft(model) if ask is evaluate else [tiny.soft(model)]
+        with pytest.raises(InputError, match=message):
+            ask(model, prompt, tiny.words_task(), tiny.rows(2), tiny.tokenizer(), **options)
+
+
+def test_an_unknown_bleu_tokenizer_came_to_light_after_the_evaluation(
+    tiny: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ptengine.training.evaluation.make_objective", lambda *_: pytest.fail("it was begun"))
+    model = tiny.gpt2()
+    with pytest.raises(InputError, match=r"expected bleu_tokenizer among 13a, .*, got 'xx'"):
+        evaluate(
+            model, tiny.soft(model), tiny.text_task(), tiny.rows(2), tiny.tokenizer(), generate=True,
+            bleu_tokenizer="xx",
+        )  # fmt: skip

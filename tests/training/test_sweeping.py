@@ -21,8 +21,9 @@ def run(tiny: ModuleType, folder: Path, model: Any, settings: dict[str, Any] | N
     config = {"max_steps": 6, "per_device_train_batch_size": 3, "disable_tqdm": True, "seed": 7, "learning_rate": 0.05}
     config |= {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"} | (settings or {})
     arguments: dict[str, Any] = {"train": tiny.rows(20), "evaluation": tiny.rows(9, 1)} | options
+    make_prompt = arguments.pop("make_prompt", lambda seed: SoftPrompt(model, 4, seed=seed))
     return ptengine.sweep(
-        model, lambda seed: SoftPrompt(model, 4, seed=seed), arguments.pop("train"), arguments.pop("evaluation"),
+        model, make_prompt, arguments.pop("train"), arguments.pop("evaluation"),
         TrainingConfig(output_dir=str(folder), **config), task=tiny.words_task(), tokenizer=tiny.tokenizer(),
         **arguments,
     )  # fmt: skip
@@ -111,6 +112,12 @@ def test_the_data_are_encoded_once(tiny: ModuleType, tmp_path: Path, monkeypatch
         ("expected seed to be an integer of at least 0, got 0.5", {}, {"seeds": [0.5]}),
         ("by which a sweep compares", {"eval_strategy": "no", "eval_steps": None, "metric_for_best_model": None}, {}),
         ("train: expected at least one row", {}, {"train": []}),
+        # Only the first was looked at, and None was let through.
+        (
+            "make_prompt to return a ptengine prompt, got NoneType",
+            {},
+            {"seeds": [1, 2], "make_prompt": lambda seed: None},
+        ),
         ("expected max_tokens_per_batch to be None or", {}, {"max_tokens_per_batch": 0}),
     ],
 )

@@ -68,6 +68,11 @@ def test_what_cannot_be_combined_is_refused(tiny: ModuleType) -> None:
             weighted_mean([prompt, prompt], weights)
 
 
+def test_weights_whose_sum_is_no_float_overflowed(tiny: ModuleType) -> None:
+    prompt = tiny.soft(tiny.gpt2())
+    assert torch.equal(weighted_mean([prompt, prompt], [1e308, 1e308]).embeds, prompt.embeds)
+
+
 def test_numbers_of_other_meaning_were_averaged(tiny: ModuleType) -> None:
     """Heads of other labels, and offsets times another alpha; a rate of training changes no meaning."""
     bert, llama = tiny.bert(), tiny.llama()

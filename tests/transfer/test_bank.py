@@ -208,6 +208,11 @@ def test_search_by_similarity_names_what_it_could_not_ask(tiny: ModuleType, tmp_
         bank.search(**asked, task=tiny.words_task())
     with pytest.raises(InputError, match="expected measure"):
         bank.search(**asked, measure="luck")
+    # What nothing read was taken, under any name.
+    with pytest.raises(InputError, match="expected no max_length to search by mean_token_cosine"):
+        bank.search(**asked, measure="mean_token_cosine", prompt=mine, max_length=3)
+    with pytest.raises(TypeError, match="nonsense"):
+        bank.search(**asked, measure="mean_token_cosine", prompt=mine, nonsense=3)
     with pytest.raises(InputError, match="with none"):
         PromptBank(tmp_path / "empty").search(**asked, measure="token_cosine", prompt=mine)
 

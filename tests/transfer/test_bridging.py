@@ -103,12 +103,18 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: ModuleType, tmp_p
         ({"rounds": 0}, "expected rounds"),
         ({"samples": -1}, "expected samples"),
         ({"keep": True}, "expected keep"),
+        # It was told that a top_k was wrong.
+        ({"num_virtual_tokens": 0}, "expected num_virtual_tokens, .* got 0"),
         ({"task": tiny.text_task()}, "labels are words"),
         ({"shots": tiny.rows(3)}, "for 4 folds"),
         ({"texts": ["once"]}, "stands 2 times"),
         ({"sources": {"deep": tiny.prefix(model)}}, "folds to a SoftPrompt"),
         ({"sources": {"scratch": tiny.soft(model)}}, "got 'scratch'"),
         ({"sources": {"a/b": tiny.soft(model)}}, "got 'a/b'"),
+        # The system refused a folder of this name, after prompts had been made.
+        ({"sources": {"\U00020000" * 70: tiny.soft(model)}}, "at most 240 bytes"),
+        # It was counted as a label called 'None'.
+        ({"shots": [*tiny.rows(12, 9), {"text": "it was", "label": None}]}, "row 12 .*column 'label', got"),
         ({"training": replace(CONFIG, output_dir=str(tmp_path), eval_strategy="epoch")}, "eval_strategy off"),
     ]
     for more, words in cases:

@@ -118,6 +118,8 @@ def test_bad_input_is_refused() -> None:
         clean([GOOD], text_columns=["text"], settings=Cleaning(balance="downsample"))
     with pytest.raises(InputError, match="at least one text column"):
         clean([GOOD], text_columns=[])
+    with pytest.raises(InputError, match="expected max_characters with too_long='cut'"):  # nothing was cut
+        Cleaning(too_long="cut")
     for bad in ({"normalization": "NFD"}, {"too_long": "keep"}, {"per_label": 0}, {"balance": "up"}, {"seed": -1}):
         with pytest.raises(InputError, match="expected"):
             Cleaning(**bad)  # type: ignore[arg-type]

@@ -63,7 +63,7 @@ def test_every_stage_leaves_what_it_says(done: tuple[Any, Path], tiny: ModuleTyp
     bank = PromptBank(output / "bank")
     assert [entry.name for entry in bank.list()] == ["a", "b"]
     assert all(entry.card.initial_sha256 for entry in bank.list())
-    assert bank.entry("a").card.metrics["accuracy"] >= 0
+    assert "accuracy" in bank.entry("a").card.metrics
     assert set(result.test) == {FROZEN, CONTROL, "scratch", "source", "transferred"}
     assert set(result.sources) == {"a", "b"}
     assert set(result.baselines) == {"majority class", "bag of characters"}
