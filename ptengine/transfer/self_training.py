@@ -97,7 +97,7 @@ class Taught:
         return {"texts": self.texts, "kept": self.kept, "views": len(self.examples), "labels": dict(self.labels)}
 
 
-def unlabelled_rows(task: Task, data: DataSource, name: str = "unlabelled") -> list[dict[str, Any]]:
+def unlabelled_rows(task: Task, data: DataSource) -> list[dict[str, Any]]:
     """Texts without their labels, which are not read even where there are some.
 
     Raises:
@@ -106,8 +106,8 @@ def unlabelled_rows(task: Task, data: DataSource, name: str = "unlabelled") -> l
     if not isinstance(task, LabelledTask):
         raise InputError(f"expected a task of labels for self-training, got {type(task).__name__}")
     columns = [*text_columns(task)]
-    dataset = load_rows(data, name=name)
-    check_columns(dataset, columns, name)
+    dataset = load_rows(data, name="unlabelled")
+    check_columns(dataset, columns, "unlabelled")
     return unlabelled([dict(row) for row in dataset.with_format(None).select_columns(columns)], task)
 
 
