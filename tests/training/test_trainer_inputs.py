@@ -126,7 +126,7 @@ def test_a_missing_tokenizer_was_a_type_error(tiny: ModuleType, tmp_path: Path) 
     model = tiny.gpt2()
     config = TrainingConfig(output_dir=str(tmp_path / "out"), max_steps=1)
     with pytest.raises(InputError, match="expected tokenizer, that of the model, got NoneType"):
-        Trainer(model, tiny.soft(model), tiny.rows(3), None, config, task=tiny.words_task(), tokenizer=None)
+        Trainer(model, tiny.soft(model), tiny.rows(3), config=config, task=tiny.words_task(), tokenizer=None)
     with pytest.raises(InputError, match="expected tokenizer, that of the model, got NoneType"):
         evaluate(model, None, tiny.words_task(), tiny.rows(3), None)
 
@@ -141,9 +141,9 @@ def test_a_step_loss_that_is_none_was_an_attribute_error(tiny: ModuleType, tmp_p
 
 
 def test_config_is_required(tiny: ModuleType) -> None:
-    model, task, tokens = tiny.gpt2(), tiny.words_task(), tiny.tokenizer()
+    model = tiny.gpt2()
     with pytest.raises(InputError, match="expected config, a TrainingConfig, got NoneType"):
-        Trainer(model, tiny.soft(model), tiny.rows(3), None, None, task=task, tokenizer=tokens)  # type: ignore[arg-type]
+        Trainer(model, tiny.soft(model), tiny.rows(3), task=tiny.words_task(), tokenizer=tiny.tokenizer())
 
 
 def test_prompt_that_fills_the_context_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
