@@ -234,7 +234,8 @@ def stack_prefixes(
     sizes = [prefix.num_virtual_tokens for prefix in prefixes]
 
     def stack(parts: list[Tensor]) -> tuple[Tensor, ...]:
-        if len(parts) == 1:  # in every step of a generation, too: as it lies
+        # As it lies, since every step of a generation asks; autograd reads only copies of what inference mode left.
+        if len(parts) == 1 and not parts[0].is_inference():
             return parts[0].contiguous().to(device)[:, None].unbind(0)  # L of [1, P, H_kv, D]
         padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, max(sizes) - x.shape[1])) for x in parts]
         return torch.stack(padded, dim=1).to(device).unbind(0)  # L of [N, P, H_kv, D]
