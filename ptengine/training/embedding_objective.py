@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptengine.backbone.embedding import text_embeddings
-from ptengine.backbone.packing import PackedBatch, pack_rows
+from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_rows
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.data import EncodedRow
 from ptengine.errors import InputError
@@ -93,8 +93,8 @@ class EmbeddingObjective(BaseObjective):
 
     def _sum(self, texts: Tensor, pairs: Tensor, matches: Tensor, label_smoothing: float) -> Tensor:
         scores = texts @ pairs.T / self._temperature  # [B, B]
-        own = torch.arange(len(texts), device=scores.device)
-        return F.cross_entropy(scores[matches], own[matches], reduction="sum", label_smoothing=label_smoothing)
+        own = torch.arange(len(texts), device=scores.device).where(matches, IGNORE_INDEX)  # [B]
+        return F.cross_entropy(scores, own, reduction="sum", ignore_index=IGNORE_INDEX, label_smoothing=label_smoothing)
 
 
 class LabelledEmbeddingObjective(EmbeddingObjective):

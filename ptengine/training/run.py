@@ -37,7 +37,7 @@ from ptengine.training.optimization import (
     schedule_state,
 )
 from ptengine.training.randomness import Generators
-from ptengine.training.step_loss import MicroBatch, StepInfo, StepLoss
+from ptengine.training.step_loss import MicroBatch, StepInfo, StepLoss, micro_batches
 
 __all__ = ["HEAD_NAME", "Interrupted", "Plan", "Run"]
 
@@ -221,19 +221,13 @@ class Run:
     def begin_step(self) -> list[MicroBatch]:
         """Take the rows of the next step; gradients begin at none."""
         self._groups = self._next_group()
-        batches = [self._objective.collate([self._train_rows[i] for i in group]) for group in self._groups]
-        counts = [self._objective.count_labels(batch) for batch in batches]
-        total = max(sum(counts), 1)  # pairs may all be such that do not match
-        micro = [
-            MicroBatch(batch, group, count, count / total)
-            for batch, group, count in zip(batches, self._groups, counts, strict=True)
-        ]
+        batches = micro_batches(self._objective, self._train_rows, self._groups)
         if self._prompt is not None:
             self._prompt.train()
         self._optimizer.zero_grad(set_to_none=True)
         self._parts = list(self._groups)
-        self._step_tokens = sum(batch.num_tokens for batch in batches)
-        return micro
+        self._step_tokens = sum(part.batch.num_tokens for part in batches)
+        return batches
 
     def backward(self, batches: Sequence[MicroBatch], check: Callable[[], None]) -> list[Tensor]:
         """Add the gradients of a step; returns the parts of its loss, fp32. `check` is called between parts."""

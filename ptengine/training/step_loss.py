@@ -14,10 +14,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from ptengine.backbone.packing import PackedBatch
+from ptengine.data import EncodedRow
 from ptengine.prompts.base import Prompt
 from ptengine.training.objective import Objective
 
-__all__ = ["LossPart", "MicroBatch", "StepInfo", "StepLoss", "TaskLoss"]
+__all__ = ["LossPart", "MicroBatch", "StepInfo", "StepLoss", "TaskLoss", "micro_batches"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class MicroBatch:
     rows: Sequence[int]
     num_labels: int
     share: float
+
+
+def micro_batches(
+    objective: Objective, rows: Sequence[EncodedRow], groups: Sequence[Sequence[int]]
+) -> list[MicroBatch]:
+    """One step's micro-batches: the `rows` that each of `groups` numbers."""
+    batches = [objective.collate([rows[i] for i in group]) for group in groups]
+    counts = [objective.count_labels(batch) for batch in batches]
+    total = max(sum(counts), 1)  # pairs may all be such that do not match
+    return [
+        MicroBatch(batch, group, count, count / total)
+        for batch, group, count in zip(batches, groups, counts, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -22,18 +22,16 @@ from ptengine.backbone.packing import PackedBatch, sources_and_targets
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.data import SequenceClassificationTask, Task
-from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingConfig
 from ptengine.training.encoder_objectives import SequenceObjective
-from ptengine.training.identity import fingerprint_rows
-from ptengine.training.objective import Objective, make_objective
-from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
+from ptengine.training.objective import Objective
+from ptengine.training.preparation import DataSource, check_prompt
 from ptengine.training.step_loss import LossPart, MicroBatch, StepInfo
 from ptengine.transfer.bank import weights_sha256
 from ptengine.transfer.self_training import SelfTrainTerm, Taught
-from ptengine.transfer.step_rows import StepRows
+from ptengine.transfer.step_rows import TaskRows
 from ptengine.transfer.strategies import Anchor, Distill, Joint, Strategy
 
 __all__ = ["TransferLoss"]
@@ -75,11 +73,12 @@ class TransferLoss:
         check_prompt(start, model)
         spec = backbone_spec(model)
         frozen = start.fold()
-        self._source: _Source | None = None
+        self._source: _SourceTerm | None = None
         if strategy.joint is not None:
             if source_task is None or source_data is None:
                 raise InputError("expected the source's task and rows to train on source and target, got none")
-            self._source = _Source(strategy.joint, model, spec, tokenizer, frozen, config, source_task, source_data)
+            rows = TaskRows(source_task, source_data, model, tokenizer, frozen, config, "source")
+            self._source = _SourceTerm(strategy.joint, rows)
         self._unlabelled: SelfTrainTerm | None = None
         if strategy.self_train is not None:
             if taught is None or task is None:
@@ -136,9 +135,9 @@ class TransferLoss:
         share = self._source_share(info)
         if self._source is None or share == 0:
             return
-        for batch, portion in self._source.batches(info.step):
-            loss = partial(self._source.objective.loss, prompt, batch, info.label_smoothing)
-            yield _Term(loss, portion * share, (), batch.num_tokens)
+        for part in self._source.rows.batches(info.step):
+            loss = partial(self._source.rows.objective.loss, prompt, part.batch, info.label_smoothing)
+            yield _Term(loss, part.share * share, (), part.batch.num_tokens)
 
     def _source_share(self, info: StepInfo) -> float:
         return 0.0 if self._source is None else self._source.settings.weight(info.step, info.total_steps)
@@ -154,36 +153,13 @@ class _Term:
     num_tokens: int
 
 
-class _Source:
-    """Rows of the source task, in the batches that a run on them alone would draw."""
-
-    def __init__(
-        self,
-        settings: Joint,
-        model: Any,
-        spec: BackboneSpec,
-        tokenizer: Any,
-        prompt: Prompt,
-        config: TrainingConfig,
-        task: Task,
-        data: DataSource,
-    ) -> None:
+class _SourceTerm:
+    def __init__(self, settings: Joint, rows: TaskRows) -> None:
         self.settings = settings
-        self.objective = make_objective(task, model, spec, tokenizer, config.bf16)
-        self._task = task
-        room = room_for_text(spec, prompt, config.max_length)
-        self._rows = encode(task, data, tokenizer, prompt, room, config.truncation, "source", spec).rows
-        self._drawn = StepRows(len(self._rows), config)
+        self.rows = rows
 
     def identity(self) -> dict[str, Any]:
-        return {**asdict(self.settings), "task": task_to_json(self._task), "rows": fingerprint_rows(self._rows)}
-
-    def batches(self, step: int) -> list[tuple[PackedBatch, float]]:
-        """The micro-batches of one step, each with its share of the step's labels."""
-        batches = [self.objective.collate([self._rows[i] for i in rows]) for rows in self._drawn(step)]
-        counts = [self.objective.count_labels(batch) for batch in batches]
-        total = max(sum(counts), 1)  # pairs may all be such that do not match
-        return [(batch, count / total) for batch, count in zip(batches, counts, strict=True)]
+        return {**asdict(self.settings), **self.rows.identity()}
 
 
 class _AnchorTerm:

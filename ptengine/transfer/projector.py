@@ -14,19 +14,16 @@ from torch import Tensor
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.packing import PackedBatch
-from ptengine.backbone.spec import backbone_spec
 from ptengine.data import Task
-from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.prompts import ProjectedPrompt
 from ptengine.prompts.base import Prompt
 from ptengine.training import Trainer, TrainingConfig, TrainingResult
-from ptengine.training.identity import fingerprint_rows
-from ptengine.training.objective import Objective, make_objective
-from ptengine.training.preparation import DataSource, encode, room_for_text
+from ptengine.training.objective import Objective
+from ptengine.training.preparation import DataSource
 from ptengine.training.step_loss import LossPart, MicroBatch, StepInfo
 from ptengine.transfer.bank import weights_sha256
-from ptengine.transfer.step_rows import StepRows
+from ptengine.transfer.step_rows import TaskRows
 
 __all__ = ["ProjectorLesson", "tune_projector"]
 
@@ -101,41 +98,23 @@ class _LessonsLoss:
             loss = objective.loss(prompt, part.batch, info.label_smoothing) * (part.share * share)
             yield LossPart(loss, part.rows, part.batch.num_tokens)
         for lesson in self._others:
-            for batch, portion in lesson.batches(info.step):
+            for part in lesson.rows.batches(info.step):
                 info.check()
-                yield LossPart(
-                    lesson.loss(prompt, batch, info.label_smoothing) * (portion * share), (), batch.num_tokens
-                )
+                loss = lesson.loss(prompt, part.batch, info.label_smoothing) * (part.share * share)
+                yield LossPart(loss, (), part.batch.num_tokens)
 
 
 class _Lesson:
     def __init__(self, model: Any, tokenizer: Any, lesson: ProjectorLesson, config: TrainingConfig) -> None:
-        spec = backbone_spec(model)
-        room = room_for_text(spec, lesson.prompt, config.max_length)
-        self._objective = make_objective(lesson.task, model, spec, tokenizer, config.bf16)
-        self._prompt, self._task = lesson.prompt, lesson.task
-        self._rows = encode(
-            lesson.task, lesson.data, tokenizer, lesson.prompt, room, config.truncation, "lesson", spec
-        ).rows
-        self._drawn = StepRows(len(self._rows), config)
+        self._prompt = lesson.prompt
+        self.rows = TaskRows(lesson.task, lesson.data, model, tokenizer, lesson.prompt, config, "lesson")
 
     def identity(self) -> dict[str, Any]:
-        return {
-            "prompt": weights_sha256(self._prompt.fold()),
-            "task": task_to_json(self._task),
-            "rows": fingerprint_rows(self._rows),
-        }
-
-    def batches(self, step: int) -> list[tuple[PackedBatch, float]]:
-        """The micro-batches of one step, each with its share of the step's labels."""
-        batches = [self._objective.collate([self._rows[i] for i in rows]) for rows in self._drawn(step)]
-        counts = [self._objective.count_labels(batch) for batch in batches]
-        total = max(sum(counts), 1)  # pairs may all be such that do not match
-        return [(batch, count / total) for batch, count in zip(batches, counts, strict=True)]
+        return {"prompt": weights_sha256(self._prompt.fold()), **self.rows.identity()}
 
     def loss(self, projector: ProjectedPrompt, batch: PackedBatch, label_smoothing: float) -> Tensor:
         carried: Any = _Carried(projector, self._prompt)
-        return self._objective.loss(carried, batch, label_smoothing)
+        return self.rows.objective.loss(carried, batch, label_smoothing)
 
 
 class _Carried:

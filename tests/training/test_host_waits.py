@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertForSequenceClassification, BertModel
 
@@ -34,10 +35,15 @@ class Waits(TorchDispatchMode):
         sized = name == "aten::repeat_interleave.Tensor" and (kwargs or {}).get("output_size") is not None
         if name == FORWARD:
             self.behind.clear()
-        elif name in WAITS and not sized:
+        elif (name in WAITS and not sized) or picks_by_mask(func, args):
             self.all[name] += 1
             self.behind[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def picks_by_mask(func: Any, args: Any) -> bool:
+    """The size of what it picks is read back within the operation."""
+    return func.name() == "aten::index.Tensor" and any(x is not None and x.dtype == torch.bool for x in args[1])
 
 
 def counted(tiny: ModuleType, model: Any, task: Any, data: list[dict[str, Any]], method: str) -> Waits:

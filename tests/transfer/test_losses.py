@@ -10,9 +10,18 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import BertModel
 
 from ptengine.backbone import patched
-from ptengine.data import ClassificationTask, Seq2SeqClassificationTask, Template, Verbalizer, collate, load_rows
+from ptengine.data import (
+    ClassificationTask,
+    EmbeddingTask,
+    Seq2SeqClassificationTask,
+    Template,
+    Verbalizer,
+    collate,
+    load_rows,
+)
 from ptengine.errors import InputError
 from ptengine.prompts import DecomposedPrompt
 from ptengine.training import Trainer, TrainingConfig, TrainingResult
@@ -59,6 +68,39 @@ def test_at_its_ends_joint_training_is_training_on_one_task(
     assert joint.losses == alone.losses
     for name, tensor in prompt.state_dict().items():
         assert torch.equal(tensor, twin.state_dict()[name]), name
+
+
+def test_source_pairs_were_left_alone_in_the_last_batch(tiny: ModuleType, tmp_path: Path) -> None:
+    """Five pairs in batches of two: the fifth had no other to be told from, and its step trained on nothing."""
+    pairs = [{"text": row["text"], "text_pair": row["text"]} for row in tiny.rows(10)]
+    task, settings = EmbeddingTask(), {**SETTINGS, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1}
+    losses = []
+    for name in ("joint", "alone"):
+        model = tiny.bert(BertModel)
+        prompt, config = tiny.soft(model, 1), TrainingConfig(output_dir=str(tmp_path / name), **settings)
+        loss = None
+        if name == "joint":
+            loss = TransferLoss(
+                Strategy(joint=Joint(1.0)), model=model, tokenizer=tiny.tokenizer(special=True), start=prompt,
+                config=config, source_task=task, source_data=pairs[:5],
+            )  # fmt: skip
+        rows = pairs[5:] if name == "joint" else pairs[:5]
+        trainer = Trainer(
+            model, prompt, rows, None, config, task=task, tokenizer=tiny.tokenizer(special=True), step_loss=loss
+        )
+        losses.append(trainer.fit().losses)
+    assert losses[0] == losses[1]
+    assert min(losses[0]) > 0
+
+
+def test_a_single_source_pair_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
+    """It was trained on, with a loss of 0."""
+    model, pair = tiny.bert(BertModel), {"text": "a b", "text_pair": "b a"}
+    with pytest.raises(InputError, match="source: expected at least 2 rows"):
+        TransferLoss(
+            Strategy(joint=Joint()), model=model, tokenizer=tiny.tokenizer(special=True), start=tiny.soft(model),
+            config=TrainingConfig(output_dir=str(tmp_path)), source_task=EmbeddingTask(), source_data=[pair],
+        )  # fmt: skip
 
 
 def test_in_between_both_tasks_count(tiny: ModuleType, tmp_path: Path) -> None:
