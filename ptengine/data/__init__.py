@@ -19,6 +19,7 @@ Nothing here knows a model, a prompt or a trainer, and nothing reaches the netwo
 
 from __future__ import annotations
 
+from ptengine.data.chat import chat_template
 from ptengine.data.collation import BatchIndices, ShuffledBatches, collate
 from ptengine.data.embedding_tasks import EmbeddingTask
 from ptengine.data.encoding import EncodedRow, EncodedSplit
@@ -61,6 +62,7 @@ __all__ = [
     "VerbalizedTask",
     "Verbalizer",
     "answer_metrics",
+    "chat_template",
     "check_columns",
     "classification_metrics",
     "collate",

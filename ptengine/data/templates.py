@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ptengine.data.cells import listed, place, text_value
 from ptengine.errors import InputError
 
-__all__ = ["Part", "Template"]
+__all__ = ["Part", "Template", "split_template"]
 
 # Leftmost first: an escape, a placeholder, or a brace that belongs to neither.
 _TOKENS = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
@@ -36,6 +36,49 @@ class Part:
     kind: Literal["text", "column", "prompt", "mask"]
     text: str = ""
     size: int = 0
+
+
+def split_template(text: str) -> tuple[Part, ...]:
+    """The parts of a text with placeholders, in order; no literal text is empty.
+
+    Raises:
+        InputError: as `Template`, but for a text without columns, which may be a part of one.
+    """
+    parts: list[Part] = []
+    literal, at = "", 0
+    for match in _TOKENS.finditer(text):
+        literal += text[at : match.start()]
+        at = match.end()
+        found = match.group()
+        if found in ("{{", "}}"):
+            literal += found[0]
+        elif match.group(1):
+            parts += [Part("text", literal), _placeholder(match.group(1), text)]
+            literal = ""
+        elif match.group(1) == "":
+            raise InputError(
+                f"expected a column name in the braces at character {match.start()} of the template, "
+                f"got '{{}}' in {text!r}"
+            )
+        else:
+            raise InputError(
+                f"expected paired braces (write {{{{ or }}}} for a brace itself), got a lone {found!r} at "
+                f"character {match.start()} of the template {text!r}"
+            )
+    parts.append(Part("text", literal + text[at:]))
+    return tuple(part for part in parts if part != Part("text"))
+
+
+def _placeholder(name: str, text: str) -> Part:
+    place = _PROMPT.fullmatch(name)
+    if place is None:
+        return Part("mask") if name == "mask" else Part("column", name)
+    size = place.group(1)
+    if not (size.isascii() and size.isdigit() and int(size)):
+        raise InputError(
+            f"expected virtual tokens as '{{prompt:10}}', a whole number of at least 1, got '{{{name}}}' in {text!r}"
+        )
+    return Part("prompt", size=int(size))
 
 
 @dataclass(frozen=True)
@@ -69,41 +112,7 @@ class Template:
     @cached_property
     def parts(self) -> tuple[Part, ...]:
         """The template in order; no literal text is empty."""
-        parts: list[Part] = []
-        literal, at = "", 0
-        for match in _TOKENS.finditer(self.text):
-            literal += self.text[at : match.start()]
-            at = match.end()
-            found = match.group()
-            if found in ("{{", "}}"):
-                literal += found[0]
-            elif match.group(1):
-                parts += [Part("text", literal), self._placeholder(match.group(1))]
-                literal = ""
-            elif match.group(1) == "":
-                raise InputError(
-                    f"expected a column name in the braces at character {match.start()} of the template, "
-                    f"got '{{}}' in {self.text!r}"
-                )
-            else:
-                raise InputError(
-                    f"expected paired braces (write {{{{ or }}}} for a brace itself), got a lone {found!r} at "
-                    f"character {match.start()} of the template {self.text!r}"
-                )
-        parts.append(Part("text", literal + self.text[at:]))
-        return tuple(part for part in parts if part != Part("text"))
-
-    def _placeholder(self, name: str) -> Part:
-        place = _PROMPT.fullmatch(name)
-        if place is None:
-            return Part("mask") if name == "mask" else Part("column", name)
-        size = place.group(1)
-        if not (size.isascii() and size.isdigit() and int(size)):
-            raise InputError(
-                f"expected virtual tokens as '{{prompt:10}}', a whole number of at least 1, got '{{{name}}}' in "
-                f"{self.text!r}"
-            )
-        return Part("prompt", size=int(size))
+        return split_template(self.text)
 
     @property
     def columns(self) -> tuple[str, ...]:
