@@ -34,8 +34,8 @@ from ptengine.backbone.attached_rows import (
     without_first,
 )
 from ptengine.backbone.attention import KEYWORD
-from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens, require_seen, seen_slots
-from ptengine.backbone.causal_rows import CausalRows, RowPrompts
+from ptengine.backbone.caches import filled_slots, is_static, keep_all_tokens, require_seen
+from ptengine.backbone.causal_rows import CausalRows, RowPrompts, RowSlots
 from ptengine.backbone.gated import gated_parts
 from ptengine.backbone.heads import is_answered
 from ptengine.backbone.in_row import carries_its_prompt
@@ -43,7 +43,7 @@ from ptengine.backbone.kept_lowering import KeptLowering
 from ptengine.backbone.lowering import FixedPrompt, GatedTokens, KeyValuePrefix, VirtualTokens, detached
 from ptengine.backbone.patching import no_mask, patched, require_patched
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
-from ptengine.backbone.step import capture_prefix, check_fit, stack_prefixes
+from ptengine.backbone.step import capture_prefix, check_fit
 from ptengine.backbone.stock_batch import StockBatch, read_batch
 from ptengine.backbone.text_dependent import require_fixed
 from ptengine.errors import InputError, UnsupportedModelError
@@ -152,7 +152,7 @@ class _Host:
         """Hooks on a causal model whose rows hold the virtual tokens."""
         calls = CausalRows(self.model, lambda: require_patched(self.model), self._row_prompts)
         self.handles += calls.install(self.base)
-        self._guard(lambda prepare: self._wrap_prepare(calls.wrap_prepare(prepare)))
+        self._guard(lambda prepare: self._wrap_prepare(calls.wrap_prepare(prepare, self._row_slots)))
 
     def _guard(self, wrap: Any) -> None:
         """Hooks on the head, and a wrapper around what prepares a step of `generate`."""
@@ -179,7 +179,14 @@ class _Host:
         self._recomputes()
         lowered = attachment.lowered(require_patched(self.model))
         assert isinstance(lowered, VirtualTokens)
-        return RowPrompts([lowered], None, attachment.prompt, lowered.num_virtual_tokens)
+        return RowPrompts(attachment.prompt, lowered.num_virtual_tokens, [lowered])
+
+    def _row_slots(self) -> RowSlots | None:
+        """What a step of `generate` asks before it makes its inputs; nothing is computed."""
+        if carries_its_prompt():
+            return None
+        prompt: Any = self.current().prompt
+        return RowSlots(prompt, prompt.num_virtual_tokens)
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -252,7 +259,8 @@ class _Host:
             return (), call
         call["position_ids"] = batch.positions + spec.first_position
         context = _context(spec, lowered, batch)
-        context = replace(context, key_slots=seen_slots(call.get("past_key_values"), shape[1]))
+        if is_static(call.get("past_key_values")):
+            context = replace(context, key_slots=past + shape[1])
         if spec.kind == "encoder":
             call, context = padded_left(call, batch, context)
         return (), call | {KEYWORD: context, "attention_mask": no_mask(batch.positions.device)}
@@ -310,7 +318,7 @@ class _Host:
         @functools.wraps(prepare)
         def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
             mask = kwargs.get("attention_mask")
-            if kwargs.get("is_first_iteration", True) and isinstance(mask, Tensor) and mask.dim() == 2:
+            if kwargs.get("is_first_iteration") and isinstance(mask, Tensor) and mask.dim() == 2:
                 ends = (mask[:, -1] == 0) & (mask != 0).any(1)  # [B], but for pieces of a prefill before a row begins
                 if bool(ends.any()):
                     raise InputError(
@@ -476,7 +484,6 @@ def _all_layers(base: Any, num_layers: int) -> Iterator[None]:
 def _context(spec: BackboneSpec, lowered: KeyValuePrefix | GatedTokens, batch: StockBatch) -> StockContext:
     """What every layer reads of the prompt."""
     if isinstance(lowered, GatedTokens):
-        every_row = torch.zeros(len(batch.positions), dtype=torch.int64)  # [B]
-        return StockContext(gated=gated_parts(spec, [lowered], every_row), key_starts=batch.starts)
-    keys, values, _lengths = stack_prefixes([lowered], spec.word_embeddings.weight.device)
+        return StockContext(gated=gated_parts(spec, [lowered], None), key_starts=batch.starts)
+    keys, values = lowered.by_layer(spec.word_embeddings.weight.device)
     return StockContext(keys=keys, values=values, key_starts=batch.starts)

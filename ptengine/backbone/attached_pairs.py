@@ -27,7 +27,6 @@ from ptengine.backbone.lowering import FixedPrompt, KeyValuePrefix, VirtualToken
 from ptengine.backbone.patching import require_patched
 from ptengine.backbone.seq2seq_rows import empty_cache, reserve
 from ptengine.backbone.spec import BackboneSpec
-from ptengine.backbone.step import stack_prefixes
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["Attached", "PairHooks"]
@@ -174,7 +173,7 @@ class PairHooks:
         elif not past:
             reserve(cache.self_attention_cache, spec, size, rows)
         setattr(cache, _SEEN, weakref.ref(attached.prompt))
-        keys, values, _ = stack_prefixes([lowered], spec.word_embeddings.weight.device)
+        keys, values = lowered.by_layer(spec.word_embeddings.weight.device)
         return call | {
             "past_key_values": cache, KEYWORD: PrefixContext(keys=keys, values=values, empty_slots=size),
         }  # fmt: skip

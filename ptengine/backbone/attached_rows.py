@@ -54,7 +54,7 @@ def with_offsets(call: dict[str, Any], batch: StockBatch, lowered: FixedPrompt, 
     table = stack_offsets([lowered], text)  # [2, S, d]
     assert table is not None
     within = batch.positions - lowered.num_virtual_tokens  # [B, T]
-    check_reach(lowered, int(within.max()) + 1, "the longest row")
+    check_reach(lowered, batch.reach - lowered.num_virtual_tokens, "the longest row")
     embeds = add_offsets(text, table, torch.zeros_like(within), within)
     return call | {"input_ids": None, "inputs_embeds": embeds}
 

@@ -30,34 +30,42 @@ from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.stock_batch import StockBatch, read_batch
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["CausalRows", "RowPrompts"]
+__all__ = ["CausalRows", "RowPrompts", "RowSlots"]
 
 _MARK = "_ptengine_rows"  # attribute of a cache: whose text it holds, behind how many slots, and how many tokens of it
 _CACHES = ("past_key_values", "cache_params")
 
 
 @dataclass(frozen=True)
-class RowPrompts:
+class RowSlots:
     """Attributes:
-    prompts: N.
-    ids: int64 [B], the prompt of each row of a call, or of each group of rows that beams make of one, -1 for none,
-        each checked against the model's positions; None where all rows have the first, which a call checks.
     owner: whom a cache that a call fills belongs to, told by identity.
     slots: D, those that rows get before the text's; a row's virtual tokens take the place of its padding beyond them.
     """
 
-    prompts: Sequence[VirtualTokens]
-    ids: Tensor | None
     owner: Any
     slots: int
 
+
+@dataclass(frozen=True)
+class RowPrompts(RowSlots):
+    """Attributes:
+    prompts: N.
+    chosen: int64 [B], the prompt of each row of a call, or of each group of rows that beams make of one, N for none,
+        each checked against the model's positions; None where all rows have the first, which a call checks.
+    sizes: int64 [B], their virtual tokens; None where all have D.
+    """
+
+    prompts: Sequence[VirtualTokens]
+    chosen: Tensor | None = None
+    sizes: Tensor | None = None
+
     def of_rows(self, rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The prompt of every row, N for none, and its tokens: int64 [B] both."""
-        ids = per_row(self.ids, rows)
-        count = len(self.prompts)
-        chosen = torch.zeros(rows, dtype=torch.int64, device=device) if ids is None else ids % (count + 1)  # [B]
-        sizes = torch.tensor([*(one.num_virtual_tokens for one in self.prompts), 0], device=device)  # [N + 1]
-        return chosen, sizes[chosen]
+        """The prompt of every row, N for none, and its tokens: int64 [B] both. The host waits for nothing."""
+        chosen, sizes = per_row(self.chosen, rows), per_row(self.sizes, rows)
+        if chosen is None:
+            chosen = torch.zeros(rows, dtype=torch.int64, device=device)
+        return chosen, torch.full_like(chosen, self.slots) if sizes is None else sizes
 
 
 class _Inside(threading.local):
@@ -91,12 +99,17 @@ class CausalRows:
                 handles.append(module.register_forward_hook(self._behind, with_kwargs=True, always_call=True))
         return handles
 
-    def wrap_prepare(self, prepare: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-        """`prepare_inputs_for_generation` that counts the text in a cache, and hands masks on as they were given."""
+    def wrap_prepare(
+        self, prepare: Callable[..., dict[str, Any]], current: Callable[[], RowSlots | None]
+    ) -> Callable[..., dict[str, Any]]:
+        """`prepare_inputs_for_generation` that counts the text in a cache, and hands masks on as they were given.
+
+        `current` is as the class has it, and need give no prompts.
+        """
 
         @functools.wraps(prepare)
         def wrapped(input_ids: Tensor, *args: Any, **kwargs: Any) -> dict[str, Any]:
-            rows = self._current()
+            rows = current()
             if rows is None:
                 return prepare(input_ids, *args, **kwargs)
             cache = _cache_of(kwargs)
@@ -133,7 +146,9 @@ class CausalRows:
         if past:
             _require_steps(spec)
         layout = call | ({"input_ids": ids} if text is None else {"inputs_embeds": text})
-        limit = spec.max_positions if rows.ids is None else UNLIMITED  # of rows with prompts of their own each differs
+        limit = (
+            spec.max_positions if rows.chosen is None else UNLIMITED
+        )  # of rows with prompts of their own each differs
         batch = read_batch(layout, (given.shape[0], given.shape[1]), past, rows.slots, limit)
         _require_padding(spec, batch)
         call = self._with_rows(call, batch, rows, spec.word_embeddings(ids) if text is None else text, past)
@@ -165,7 +180,7 @@ class CausalRows:
         own = batch.positions - first  # [B, T], of each token in its text
         if table is not None:
             for one in rows.prompts:
-                check_reach(one, int(own.max()) + 1, "the longest row")
+                check_reach(one, batch.reach - first, "the longest row")
             text = add_offsets(text, table, chosen[:, None], own)
         positions = (own + sizes[:, None]).masked_fill(~kept[:, past:], 0)  # [B, T]
         if not past:
@@ -179,7 +194,8 @@ class CausalRows:
             positions = torch.where(virtual, within, positions)
         call |= {"inputs_embeds": text, "position_ids": positions}
         call.pop("attention_mask", None)
-        if not bool(mask.all()) and not (past and _holds_states_alone(_cache_of(call))):
+        full = batch.starts is None and not batch.right_padded if rows.sizes is None else bool(mask.all())
+        if not full and not (past and _holds_states_alone(_cache_of(call))):
             call["attention_mask"] = mask.long()
         return call
 
@@ -226,7 +242,7 @@ def _holds_states_alone(cache: Any) -> bool:
     return False
 
 
-def _past(cache: Any, rows: RowPrompts) -> int:
+def _past(cache: Any, rows: RowSlots) -> int:
     """The slots of text that a cache holds, which a call that saw the same prompts has filled."""
     if cache is None:
         return 0
@@ -251,7 +267,7 @@ def _require_steps(spec: BackboneSpec) -> None:
 
 def _require_padding(spec: BackboneSpec, batch: StockBatch) -> None:
     """Refuse padding that changes the numbers of the model, and rows of nothing else."""
-    if batch.kept is not None and not bool(batch.kept.any(1).all()):
+    if batch.any_empty:
         raise InputError(
             f"expected at least one token in every row with a prompt attached to model type {spec.model_type!r}, whose "
             "virtual tokens stand in the rows"

@@ -60,14 +60,15 @@ def check_gated(spec: BackboneSpec, prompt: GatedTokens) -> None:
 
 
 def gated_parts(
-    spec: BackboneSpec, prompts: Sequence[FixedPrompt], prompt_of: Tensor, num_rows: int = 0
+    spec: BackboneSpec, prompts: Sequence[FixedPrompt], prompt_of: Tensor | None, num_rows: int = 0
 ) -> tuple[GatedPart, ...]:
     """Those of the prompts that stand beside the text and are read, projected.
 
     Args:
         spec: of a model that `ptengine.backbone.step.check_fit` found fit for them.
         prompts: N.
-        prompt_of: int64, the prompt of every packed position or stock row, -1 for none.
+        prompt_of: int64, the prompt of every packed position or stock row, -1 for none; None where all have the only
+            one, which is not asked then: a GPU would be waited for.
         num_rows: of a stock batch.
     """
     parts = []
@@ -75,8 +76,8 @@ def gated_parts(
     for index, prompt in enumerate(prompts):
         if not isinstance(prompt, GatedTokens):
             continue
-        readers = (prompt_of == index).nonzero()[:, 0]  # [n]
-        if not len(readers):
+        readers = None if prompt_of is None else (prompt_of == index).nonzero()[:, 0]  # [n]
+        if readers is not None and not len(readers):
             continue
         layers: Any = spec.base_model.layers
         keys, values = {}, {}
@@ -85,7 +86,7 @@ def gated_parts(
             keys[layer] = attention.k_proj(tokens).unflatten(-1, (spec.num_kv_heads, spec.head_dim))  # [P, H_kv, D]
             values[layer] = attention.v_proj(tokens).unflatten(-1, (spec.num_kv_heads, spec.value_dim))
         gates = dict(zip(prompt.layers, prompt.gates.to(weight.device).unbind(0), strict=True))
-        everywhere = len(readers) == len(prompt_of)
+        everywhere = readers is None or prompt_of is None or len(readers) == len(prompt_of)
         parts.append(GatedPart(keys, values, gates, None if everywhere else readers, num_rows))
     return tuple(parts)
 

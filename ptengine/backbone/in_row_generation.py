@@ -66,14 +66,13 @@ def generate_in_row(
         mask = torch.tensor([[0] * (width - len(ids[row])) + [1] * len(ids[row]) for row in group], device=device)
         used = sorted({prompt_ids[row] for row in group} - {-1})
         places = [used.index(prompt_ids[row]) if prompt_ids[row] >= 0 else -1 for row in group]
-        chosen = torch.tensor(places, device=device)  # [b]
         given = {"input_ids": tokens, "attention_mask": mask} | with_settings(kwargs, pad_token_id=pad)
         if width < longest and given.get("max_length") is not None:
             given["max_length"] -= longest - width  # which counts the padding of all rows
         own = [prompts[one] for one in used]
         sizes = [own[one].num_virtual_tokens if one >= 0 else 0 for one in places]
         slots = max(size + len(ids[row]) for size, row in zip(sizes, group, strict=True)) - width
-        with prompts_in_rows(model, spec, own, chosen, slots) as behind:
+        with prompts_in_rows(model, spec, own, places, slots) as behind:
             out = behind.generate(**given)
         sequences = out if isinstance(out, Tensor) else out.sequences  # [b * returned, T + new]
         for row, part in zip(group, sequences.chunk(len(group)), strict=True):
@@ -85,7 +84,7 @@ def generate_in_row(
 
 @contextmanager
 def prompts_in_rows(
-    model: Any, spec: BackboneSpec, prompts: Sequence[VirtualTokens], prompt_ids: Tensor | None, slots: int
+    model: Any, spec: BackboneSpec, prompts: Sequence[VirtualTokens], prompt_ids: Sequence[int] | None, slots: int
 ) -> Iterator[Any]:
     """Stock calls of `model` inside the block, in this thread, have the prompts in their rows, and no other.
 
@@ -95,18 +94,33 @@ def prompts_in_rows(
         model: a causal model that runs prompts in the row, with the hooks of `row_hooks`.
         spec: its facts.
         prompts: N, at least one where any row has one.
-        prompt_ids: int64 [B], the prompt of each row, -1 for none; None where all have the first.
+        prompt_ids: [B], the prompt of each row, -1 for none; None where all have the first.
         slots: as of `RowPrompts`.
     """
     facade = copy.copy(model)  # of its own: another thread may generate with the model itself
     if hasattr(model, _PREPARE):
-        setattr(facade, _PREPARE, _calls(model, spec.base_model).wrap_prepare(getattr(model, _PREPARE)))
-    token = _here.set(_Call(spec, RowPrompts(prompts, prompt_ids, facade, slots)))
+        calls, rows = _calls(model, spec.base_model), _OfBase(spec.base_model).rows
+        setattr(facade, _PREPARE, calls.wrap_prepare(getattr(model, _PREPARE), rows))
+    token = _here.set(_Call(spec, _row_prompts(spec, prompts, prompt_ids, facade, slots)))
     try:
         with with_own_prompt():
             yield facade
     finally:
         _here.reset(token)
+
+
+def _row_prompts(
+    spec: BackboneSpec, prompts: Sequence[VirtualTokens], prompt_ids: Sequence[int] | None, owner: Any, slots: int
+) -> RowPrompts:
+    if prompt_ids is None:
+        return RowPrompts(owner, slots, prompts)
+    device = spec.word_embeddings.weight.device
+    sizes = [prompts[one].num_virtual_tokens if one >= 0 else 0 for one in prompt_ids]
+    return RowPrompts(
+        owner, slots, prompts,
+        chosen=torch.tensor([one % (len(prompts) + 1) for one in prompt_ids], device=device),
+        sizes=None if set(sizes) == {slots} else torch.tensor(sizes, device=device),
+    )  # fmt: skip
 
 
 def row_hooks(model: Any, base: nn.Module) -> list[Any]:

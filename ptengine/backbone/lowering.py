@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, TypeVar
 
+import torch
 from torch import Tensor
 
 from ptengine.errors import InputError
@@ -84,6 +85,16 @@ class KeyValuePrefix:
     def num_positions(self) -> int:
         """Positions that the text stands behind: P."""
         return self.num_virtual_tokens
+
+    def by_layer(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """The keys and values of each layer, [1, P, H_kv, D] and [1, P, H_kv, D_v], as they lie.
+
+        Unbound once: indexing a layer inside its attention would give every layer a gradient of all layers' size.
+        """
+        # Autograd reads only copies of what inference mode left.
+        own = (x.clone() if x.is_inference() else x.contiguous() for x in (self.keys, self.values))
+        keys, values = (x.to(device)[:, None].unbind(0) for x in own)
+        return keys, values
 
 
 @dataclass(frozen=True)

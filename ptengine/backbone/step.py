@@ -229,20 +229,20 @@ def stack_prefixes(
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], Tensor]:
     """Per layer the keys and values [N, P, H_kv, D] of N prefixes padded to the longest, and their lengths int32 [N].
 
-    Unbound here, once: indexing a layer inside its attention would give every layer a gradient of all layers' size.
+    Unbound here, once, as by `KeyValuePrefix.by_layer`.
     """
     sizes = [prefix.num_virtual_tokens for prefix in prefixes]
+    lengths = torch.tensor(sizes, dtype=torch.int32, device=device)
+    if len(prefixes) == 1:
+        return *prefixes[0].by_layer(device), lengths
 
     def stack(parts: list[Tensor]) -> tuple[Tensor, ...]:
-        # As it lies, since every step of a generation asks; autograd reads only copies of what inference mode left.
-        if len(parts) == 1 and not parts[0].is_inference():
-            return parts[0].contiguous().to(device)[:, None].unbind(0)  # L of [1, P, H_kv, D]
         padded = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, max(sizes) - x.shape[1])) for x in parts]
         return torch.stack(padded, dim=1).to(device).unbind(0)  # L of [N, P, H_kv, D]
 
     keys = stack([prefix.keys for prefix in prefixes])
     values = stack([prefix.values for prefix in prefixes])
-    return keys, values, torch.tensor(sizes, dtype=torch.int32, device=device)
+    return keys, values, lengths
 
 
 def checked_prompts(
@@ -353,9 +353,10 @@ def lay_out(
     text_embeds = spec.word_embeddings(batch.input_ids)  # [tokens, d]
     row_of_token = batch.row_of_token()  # [tokens]
     # What the host knows goes to the device at once, since a GPU is waited for each time.
-    known = (virtual, [0, *accumulate(sizes)], ids, [position for size in sizes for position in range(size)])
+    own = [position for one in prompts if isinstance(one, VirtualTokens) for position in range(one.num_positions)]
+    known = (virtual, [0, *accumulate(sizes)], ids, own)
     moved = torch.tensor([*chain(*known)], dtype=torch.int64).to(device).split([len(part) for part in known])
-    virtual_of_row, starts, prompt_of_row, own_positions = moved  # [rows], [N + 1], [rows], [sum P_n]
+    virtual_of_row, starts, prompt_of_row, own_positions = moved  # [rows], [N + 1], [rows], [sum P_n] or none
     within = torch.arange(batch.num_tokens, device=device) - batch.cu_seqlens[:-1].long()[row_of_token]  # [tokens]
     text_positions = virtual_of_row[row_of_token] + within  # [tokens]
     offsets = stack_offsets(prompts, text_embeds)  # [N + 1, S, d]

@@ -20,12 +20,16 @@ class StockBatch:
     positions: int64 [B, T], of the text's tokens behind P virtual ones; 0 at padding.
     starts: int32 [B], the slot of each row's first token (S in a row without); None where no row is padded left.
     right_padded: whether a row has padding behind its tokens.
+    any_empty: whether a row has no tokens.
+    reach: one past the last position of any row.
     """
 
     kept: Tensor | None
     positions: Tensor
     starts: Tensor | None
     right_padded: bool
+    any_empty: bool
+    reach: int
 
 
 def read_batch(call: dict[str, Any], shape: tuple[int, int], past: int, virtual: int, max_positions: int) -> StockBatch:
@@ -49,7 +53,7 @@ def read_batch(call: dict[str, Any], shape: tuple[int, int], past: int, virtual:
         _check_room(virtual, slots, max_positions)
         source: Tensor = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
         positions = torch.arange(virtual + past, virtual + slots, device=source.device).expand(rows, length)
-        return StockBatch(None, positions, None, False)
+        return StockBatch(None, positions, None, False, slots == 0, virtual + slots)
     if mask is None:
         kept = torch.ones(rows, slots, dtype=torch.bool, device=given.device)  # type: ignore[union-attr]
     elif not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape != (rows, slots):
@@ -95,7 +99,7 @@ def read_batch(call: dict[str, Any], shape: tuple[int, int], past: int, virtual:
     starts = None
     if left or any_empty:
         starts = torch.where(count > 0, first, slots).to(torch.int32)  # [B]
-    return StockBatch(kept, positions, starts, bool(right))
+    return StockBatch(kept, positions, starts, bool(right), bool(any_empty), int(reach))
 
 
 def _one_axis(positions: Tensor | None) -> Tensor | None:
