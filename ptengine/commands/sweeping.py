@@ -115,9 +115,8 @@ def _lines(output: str, found: SweepResult) -> list[str]:
             "no result" if rate.mean is None else f"{found.metric} {rate.mean:.4f}, standard deviation {rate.std:.4f}"
         )
         lost = f", {rate.diverged} diverged" if rate.diverged else ""
-        lines.append(
-            f"learning rate {rate.learning_rate:g}: {said}, {rate.runs} {'run' if rate.runs == 1 else 'runs'}{lost}"
-        )
+        shown = "of each prompt" if rate.learning_rate is None else f"{rate.learning_rate:g}"
+        lines.append(f"learning rate {shown}: {said}, {rate.runs} {'run' if rate.runs == 1 else 'runs'}{lost}")
     if found.best is None:
         return [*lines, "every run diverged: lower the learning rates"]
     best = found.best

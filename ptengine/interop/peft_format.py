@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import BackboneSpec, backbone_spec, kind_of
 from ptengine.errors import InputError
 from ptengine.files import make_directory, safetensors_bytes, write_together
@@ -49,7 +50,7 @@ _PAIRS = "SEQ_2_SEQ_LM"  # the only task of encoder-decoders
 
 _PROMPT_KEY = "prompt_embeddings"
 _HEAD_PREFIX = "base_model."
-# PEFT's names of the heads that it trains and saves beside the prompt.
+# Modules whose names end so are those that PEFT trains and saves beside the prompt, unless told of more.
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -78,7 +79,8 @@ def save_peft(
             i-th.
         directory: made if need be; its other files are not touched.
         model: the prompt's backbone. Every task with a head needs it: that head (`classifier` or `score`, `qa_outputs`
-            for QUESTION_ANS) is written along, and PEFT loads no checkpoint of such a task without one.
+            for QUESTION_ANS, and whatever else of the model is no part of its base) is written along, and PEFT loads no
+            checkpoint of such a task without one.
         task_type: ``"CAUSAL_LM"``, ``"SEQ_CLS"``, ``"TOKEN_CLS"``, ``"QUESTION_ANS"`` or ``"FEATURE_EXTRACTION"``, with
             which PEFT gives what the model gives by itself: hidden states, or a masked language model's logits. None
             means CAUSAL_LM for causal backbones and SEQ_CLS for encoders. Encoder-decoders have ``"SEQ_2_SEQ_LM"``
@@ -132,11 +134,15 @@ def save_peft(
     tensors: dict[str, Tensor] = {}
     if model is not None:
         facts.require_same(backbone_facts(model), "the prompt to export")
+    saved_modules = None
     if task_type in _HEADS:
-        head = _head(model, task_type)
+        saved_modules = _saved_modules(model, task_type)
+        head: Mapping[str, Tensor] = task_head(model)
         if headed:
-            own = headed[0].head_weights()
-            head = {name: own[name] for name in head}
+            own, wanted = headed[0].head_weights(), _shapes(head)
+            if _shapes(own) != wanted:
+                raise InputError(f"expected a prompt with the head {wanted} of the model, got {_shapes(own)}")
+            head = own
         tensors |= {_HEAD_PREFIX + name: tensor for name, tensor in head.items()}
     if task_type == "SEQ_CLS" and kind == "encoder" and peft_type in SOFT_TYPES:
         warnings.warn(
@@ -160,7 +166,7 @@ def save_peft(
         tensors, fields = adapter_parts(prompts[0], model)
         return _write(directory, tensors, config | fields)
     config |= {
-        "modules_to_save": list(_HEADS[task_type]) if task_type in _HEADS else None,
+        "modules_to_save": saved_modules,
         "num_layers": facts.num_layers,
         "num_transformer_submodules": SUBMODULES if is_pair else 1,
         "num_virtual_tokens": count,
@@ -214,9 +220,10 @@ def load_peft(
         directory: where PEFT's `save_pretrained` (or `save_peft`) wrote.
         model: the backbone.
         load_head: a checkpoint of classification (of texts or tokens) or question answering carries the head that was
-            trained with the prompt; it is copied into the head of `model`, in place. False leaves the model as it is
-            and drops that head. A head of SEQ_CLS on an encoder behind virtual tokens has learned another slot than it
-            is given here (see `save_peft`), which a UserWarning says.
+            trained with the prompt; it is copied into the head of `model`, in place, and parts of the head that it does
+            not carry stay as they are. False leaves the model as it is and drops that head. A head of SEQ_CLS on an
+            encoder behind virtual tokens has learned another slot than it is given here (see `save_peft`), which a
+            UserWarning says.
         task_id: which task of MULTITASK_PROMPT_TUNING, from 0; for other methods None.
 
     Returns:
@@ -256,7 +263,7 @@ def load_peft(
         rows = rows_of(config | {"num_virtual_tokens": stored}, tensors, width, task_id)[:count]
     except InputError as error:
         raise InputError(f"{directory / WEIGHTS_NAME}: {error}") from error
-    head = _checked_head(tensors, model, config.get("task_type")) if load_head else {}
+    head = _checked_head(tensors, model, config) if load_head else {}
     if head and config.get("task_type") == "SEQ_CLS" and spec.kind == "encoder" and not is_prefix:
         warnings.warn(
             f"the head in {str(directory)!r} has learned something else if PEFT trained it, whose model {_POOLING}",
@@ -381,26 +388,38 @@ def _checked_width(config: dict[str, Any], facts: BackboneFacts, is_prefix: bool
     return facts.num_layers * 2 * wanted["token_dim"] if is_prefix else wanted["token_dim"]
 
 
-def _head(model: Any, task_type: str | None) -> dict[str, nn.Parameter]:
-    """The parameters of the model's head for the task, by their names in the model."""
-    names = _HEADS.get(task_type or "", _HEADS["SEQ_CLS"])
-    head = {name: p for name, p in model.named_parameters() if name.split(".")[0] in names}
-    if not head:
+def _head_names(task_type: str | None) -> tuple[str, ...]:
+    return _HEADS.get(task_type or "", _HEADS["SEQ_CLS"])
+
+
+def _saved_modules(model: Any, task_type: str | None) -> list[str]:
+    """The modules that PEFT is to save for the task: those it knows as a head, and whatever else is part of the model's
+    own, which ptengine trains as a whole."""
+    names = _head_names(task_type)
+    parts = dict.fromkeys(name.split(".")[0] for name in task_head(model))
+    if not any(part.endswith(names) for part in parts):
         raise InputError(
             f"expected a model with a head named {' or '.join(names)} for {task_type}, got {type(model).__name__}"
         )
-    return head
+    return [*names, *(part for part in parts if not part.endswith(names))]
 
 
 def _checked_head(
-    tensors: dict[str, Tensor], model: Any, task_type: str | None
+    tensors: dict[str, Tensor], model: Any, config: dict[str, Any]
 ) -> dict[str, tuple[nn.Parameter, Tensor]]:
-    """Pairs of a parameter of the model's head and the tensor to copy into it, by name, all shapes equal."""
+    """Pairs of a parameter of the model's head and the tensor to copy into it, by name, all shapes equal.
+
+    What the checkpoint does not say to save is the model's, which PEFT has not trained.
+    """
     if not tensors:
         return {}
-    own = {_HEAD_PREFIX + name: parameter for name, parameter in _head(model, task_type).items()}
-    wanted = {name: list(parameter.shape) for name, parameter in own.items()}
-    got = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    if wanted != got:
-        raise InputError(f"expected a checkpoint with the model's head {wanted}, got {got}")
+    _saved_modules(model, config.get("task_type"))  # refuses a model without such a head
+    saved = (*_head_names(config.get("task_type")), *(config.get("modules_to_save") or ()))
+    own = {_HEAD_PREFIX + name: p for name, p in task_head(model).items() if name.split(".")[0].endswith(saved)}
+    if _shapes(own) != _shapes(tensors):
+        raise InputError(f"expected a checkpoint with the model's head {_shapes(own)}, got {_shapes(tensors)}")
     return {name: (own[name], tensors[name]) for name in own}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}

@@ -258,7 +258,7 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
     """Refuse what cannot train in one batch, by the first member that does not fit."""
     if not members:
         raise InputError("expected at least one member, got none")
-    prompts: dict[int, int] = {}
+    owners: dict[int, int] = {}  # of parameters
     folders = {output_dir.resolve(): "the set"}
     kinds: dict[str, int] = {}
     for index, trainer in enumerate(members):
@@ -290,9 +290,10 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
             wanted, got = getattr(members[0].config, name), getattr(trainer.config, name)
             if wanted != got:
                 raise InputError(f"member {index}: expected {name}={wanted!r} as in member 0, got {got!r}")
-        first = prompts.setdefault(id(trainer.prompt), index)
-        if first != index:
-            raise InputError(f"member {index}: expected a prompt of its own, got that of member {first}")
+        for parameter in trainer.prompt.parameters():  # two heads may stand around one prompt
+            first = owners.setdefault(id(parameter), index) if parameter.requires_grad else index
+            if first != index:
+                raise InputError(f"member {index}: expected a prompt of its own, got that of member {first}")
         folder = Path(trainer.config.output_dir).resolve()
         if folder in folders:
             raise InputError(

@@ -51,13 +51,13 @@ class RateSummary:
     """A learning rate over its seeds.
 
     Attributes:
-        learning_rate: of the runs.
+        learning_rate: of the runs; None where each has its prompt's own and they differ, as `PTuning`'s do.
         mean, std: of the metric at the best evaluations of the runs that did not diverge, with the sample's standard
             deviation; None and 0.0 where there are too few.
         runs, diverged: how many runs there were, and how many of them diverged.
     """
 
-    learning_rate: float
+    learning_rate: float | None
     mean: float | None
     std: float
     runs: int
@@ -142,8 +142,9 @@ def sweep(
         encode(task, data, tokenizer, prompts[0], room, config.truncation, name, spec)
         for data, name in ((train_data, "train"), (eval_data, "eval"))
     )
+    # Of numpy, a rate would name its folder otherwise, and its comparisons give no Python numbers to write as json.
     rates = [
-        prompt.default_learning_rate() if one.learning_rate is None else one.learning_rate
+        prompt.default_learning_rate() if one.learning_rate is None else float(one.learning_rate)
         for one, prompt in zip(configs, prompts, strict=True)
     ]
     root = Path(config.output_dir)
@@ -159,7 +160,8 @@ def sweep(
         result = member if isinstance(member, TrainingResult) else None
         value = None if result is None or result.best is None else result.best[plan.metric]
         runs.append(SweepRun(one.seed, rate, folder, prompt, result, value, None if result else str(member)))
-    found = _compare(runs, plan.metric, plan.greater_is_better, trained)
+    given = [one.learning_rate for one in configs]
+    found = _compare(runs, given, plan.metric, plan.greater_is_better, trained)
     if found.best is not None and found.best.result is not None and found.best.result.best_path is not None:
         copy_folder(found.best.result.best_path, root / "prompt")
         found = replace(found, prompt_path=root / "prompt")
@@ -195,16 +197,20 @@ def _distinct(name: str, values: Sequence[Any]) -> Sequence[Any]:
     return values
 
 
-def _compare(runs: Sequence[SweepRun], metric: str, greater: bool, trained: PromptSetResult) -> SweepResult:
+def _compare(
+    runs: Sequence[SweepRun], given: Sequence[float | None], metric: str, greater: bool, trained: PromptSetResult
+) -> SweepResult:
+    """`given` are the runs' rates as asked for, None for that of the prompt."""
     sign = 1 if greater else -1
     judged = [run for run in runs if run.value is not None]
     best = max(judged, key=lambda run: sign * (run.value or 0.0), default=None)
     rates = []
-    for rate in dict.fromkeys(run.learning_rate for run in runs):
-        values = [run.value for run in judged if run.learning_rate == rate and run.value is not None]
-        count = sum(run.learning_rate == rate for run in runs)
+    for rate in dict.fromkeys(given):
+        group = [run for run, asked in zip(runs, given, strict=True) if asked == rate]
+        values = [run.value for run in group if run.value is not None]
         mean = math.fsum(values) / len(values) if values else None
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        diverged = sum(run.learning_rate == rate and run.diverged is not None for run in runs)
-        rates.append(RateSummary(rate, mean, spread, count, diverged))
+        own = {run.learning_rate for run in group}
+        diverged = sum(run.diverged is not None for run in group)
+        rates.append(RateSummary(own.pop() if len(own) == 1 else None, mean, spread, len(group), diverged))
     return SweepResult(list(runs), best, metric, rates, None, trained)

@@ -15,7 +15,7 @@ import torch
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.errors import InputError, TrainingDiverged
-from ptengine.prompts import SoftPrompt
+from ptengine.prompts import HeadedPrompt, SoftPrompt
 from ptengine.training import PromptSet, PromptSetResult, TrainingResult
 
 
@@ -202,6 +202,12 @@ def test_members_that_cannot_share_a_batch_are_refused(tiny: ModuleType, tmp_pat
         return tiny.trainer(tmp_path / name, model, settings.pop("prompt", None) or tiny.soft(model), **settings)
 
     head = tiny.trainer(tmp_path / "h", encoder, tiny.prefix(encoder), tiny.head_task(), tokens=tiny.tokenizer(True))
+    inner = tiny.soft(encoder)
+    heads_around_one_prompt = [
+        tiny.trainer(tmp_path / str(seed), encoder, HeadedPrompt(encoder, inner, ("neg", "pos"), seed=seed),
+                     tiny.head_task(), tokens=tiny.tokenizer(True))
+        for seed in (1, 2)
+    ]  # fmt: skip
     cases: list[tuple[str, list[Any]]] = [
         ("expected at least one member, got none", []),
         ("member 0: expected a ptengine.Trainer, got SoftPrompt", [one.prompt]),
@@ -213,6 +219,7 @@ def test_members_that_cannot_share_a_batch_are_refused(tiny: ModuleType, tmp_pat
         ("member 1: expected bf16=False as in member 0, got True", [one, other(bf16=True)]),
         ("member 1: expected save_steps=500 as in member 0, got 3", [one, other(save_steps=3)]),
         ("member 1: expected a prompt of its own, got that of member 0", [one, other(prompt=one.prompt)]),
+        ("member 1: expected a prompt of its own, got that of member 0", heads_around_one_prompt),
         ("member 1: expected an output_dir of its own, .* as member 0", [one, other("one")]),
         ("member 1: expected an output_dir of its own, .* as the set", [one, other("set")]),
         ("VirtualTokens in member 0 and KeyValuePrefix in member 1", [one, other(prompt=tiny.prefix(model))]),

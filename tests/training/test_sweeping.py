@@ -8,12 +8,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 import ptengine
 from ptengine.errors import InputError
-from ptengine.prompts import SoftPrompt
+from ptengine.prompts import PTuning, SoftPrompt
 from ptengine.training import SweepResult, TrainingConfig, TrainingResult
 
 
@@ -85,6 +86,23 @@ def test_defaults_are_those_of_the_settings_and_of_the_prompt(tiny: ModuleType, 
     assert found.runs[0].learning_rate == SoftPrompt(model, 4).default_learning_rate()
     again = run(tiny, tmp_path, model, {"learning_rate": None}, seeds=[3], resume=True)
     assert again.runs[0].result.losses == found.runs[0].result.losses
+
+
+def test_seeds_whose_prompts_have_rates_of_their_own_are_summed_up_together(tiny: ModuleType, tmp_path: Path) -> None:
+    model = tiny.gpt2()
+    found = run(
+        tiny, tmp_path, model, {"learning_rate": None}, seeds=[1, 2],
+        make_prompt=lambda seed: PTuning(model, 4, encoder_hidden_size=4, seed=seed),
+    )  # fmt: skip
+    assert len({one.learning_rate for one in found.runs}) == 2
+    assert [(rate.learning_rate, rate.runs) for rate in found.rates] == [(None, 2)]
+    assert found.rates[0].mean == pytest.approx(statistics.mean(one.value for one in found.runs))
+
+
+def test_rates_of_numpy_do_not_end_a_finished_sweep(tiny: ModuleType, tmp_path: Path) -> None:
+    found = run(tiny, tmp_path, tiny.gpt2(), learning_rates=np.logspace(-2, -1, 2))
+    assert [one.output_dir.name for one in found.runs] == ["seed-7-lr-0.01", "seed-7-lr-0.1"]
+    assert [one["runs"] for one in json.loads((tmp_path / "sweep.json").read_text())["rates"]] == [1, 1]
 
 
 def test_the_data_are_encoded_once(tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
