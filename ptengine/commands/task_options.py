@@ -12,7 +12,7 @@ from ptengine.commands.options import classification_task, read_label_words, ref
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ptengine.data import LabelledTask, Task
+    from ptengine.data import LabelledTask, Task, Template
 
 __all__ = ["add_task_arguments", "labelled_task", "make_task"]
 
@@ -32,6 +32,13 @@ def add_task_arguments(parser: argparse.ArgumentParser) -> None:
         help=r"text of a row, such as 'Review: {text}\nGood or bad?'; {mask} is the blank of a masked language model, "
         "{prompt:10} the place of ten virtual tokens (default: before the text)",
     )
+    group.add_argument(
+        "--chat",
+        action="store_true",
+        help="the template is what the user says to an instruction-tuned model: its chat template goes around it, and "
+        "labels of the data are their own words, without a blank",
+    )
+    group.add_argument("--system", metavar="TEXT", help="what the system says first, with --chat")
     group.add_argument(
         "--label-words",
         metavar="WORDS",
@@ -88,14 +95,17 @@ def make_task(args: argparse.Namespace) -> Task:
         return TokenClassificationTask(args.tokens_column, tags_column, _labels(args.train, tags_column))
     require(args, "--tokens-column", "tags_column")
     if args.text_column is not None:
-        refuse(args, "--text-column", "template", "label_words", "target_column")
+        refuse(args, "--text-column", "template", "label_words", "target_column", "chat")
         label_column = args.label_column or "label"
         return SequenceClassificationTask(
             args.text_column, args.text_pair_column, label_column, _labels(args.train, label_column)
         )
+    if not args.chat:
+        require(args, "--chat", "system")
     if args.template is None:
+        require(args, "--template", "chat")
         raise InputError("expected --template (or --text-column for a BERT model), got neither")
-    template = Template(unescape(args.template))
+    template = _chat(args) if args.chat else Template(unescape(args.template))
     if args.target_column is not None:
         refuse(args, "--target-column", "label_words", "label_column", "text_pair_column")
         return (Seq2SeqTask if is_seq2seq(args.model) else GenerationTask)(template, args.target_column)
@@ -104,13 +114,24 @@ def make_task(args: argparse.Namespace) -> Task:
     if args.label_words is not None:
         verbalizer = Verbalizer(read_label_words(args.label_words))
     else:
-        verbalizer = Verbalizer.from_labels(_labels(args.train, label_column))
+        labels = _labels(args.train, label_column)
+        verbalizer = Verbalizer({name: name for name in labels}) if args.chat else Verbalizer.from_labels(labels)
     return word_task(args.model, template, verbalizer, label_column)
+
+
+def _chat(args: argparse.Namespace) -> Template:
+    from ptengine.commands.loading import load_tokenizer
+    from ptengine.data import chat_template
+
+    messages = [{"role": "user", "content": unescape(args.template)}]
+    if args.system is not None:
+        messages.insert(0, {"role": "system", "content": unescape(args.system)})
+    return chat_template(load_tokenizer(args.tokenizer, args.model), messages)
 
 
 def labelled_task(args: argparse.Namespace, data: str, words_option: str = "--label-words") -> LabelledTask:
     """Classification by words (--template, --label-words) or by a head (--text-column), whose labels are those of the
-    file `data`; rows without one are passed over. Errors call the option of the words `words_option`."""
+    file `data` as cleaning leaves them. Errors call the option of the words `words_option`."""
     from ptengine.data import SequenceClassificationTask
 
     label_column = args.label_column or "label"
@@ -139,12 +160,15 @@ def _question_task(args: argparse.Namespace) -> Task:
 
 
 def _labels(path: str, column: str, skip_missing: bool = False) -> tuple[str, ...]:
-    """The labels of a file: those its column declares, else the distinct ones, sorted; -100 is the label of no word."""
+    """The labels of a file: those its column declares, else the distinct ones, sorted; -100 is the label of no word.
+
+    With `skip_missing` they are read as `ptengine.transfer.cleaning` leaves them: none that is missing or blank, and
+    without blanks around them."""
     from datasets import ClassLabel
 
     from ptengine.backbone.packing import IGNORE_INDEX
     from ptengine.data import check_columns, load_rows
-    from ptengine.data.cells import described, label_name, place
+    from ptengine.data.cells import described, is_null, label_name, place
 
     rows = load_rows(path)
     check_columns(rows, [column], path)
@@ -154,9 +178,11 @@ def _labels(path: str, column: str, skip_missing: bool = False) -> tuple[str, ..
     found = set()
     for index, value in enumerate(rows[column]):
         for one in [tag for tag in value if tag != IGNORE_INDEX] if isinstance(value, list) else [value]:
-            name = label_name(one)
-            if not name and skip_missing:
-                continue
+            name = "" if is_null(one) else label_name(one)
+            if skip_missing and name is not None:
+                name = name.strip()
+                if not name:
+                    continue
             if not name:
                 raise InputError(f"{place(path, index)}: expected a label in column {column!r}, got {described(one)}")
             found.add(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,3 +182,28 @@ def test_bad_input(
     assert refused.status == 2
     assert message in refused.err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_instruction_tuned_model_is_asked_in_its_chat_template(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    model = tmp_path / "chat"
+    shutil.copytree(world.llama, model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}so")
+    output = tmp_path / "out"
+    tuned = call(*tune(world, output, str(model), "--template", "{text}?", "--chat", "--system", "{{be terse}}"))
+    assert tuned.status == 0, tuned.err
+    task = next(found for found in output.rglob("*.json") if "template" in found.read_text())
+    assert "system: {{be terse}}\\nuser: {text}?\\nso" in task.read_text()
+    judged = call("eval", "--prompt", output, "--data", world.test, "--json")
+    assert judged.json["metrics"] == tuned.json["test"]["metrics"]
+
+
+def test_chat_options_alone_are_refused(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    for more, message in (
+        (("--template", "{text}", "--system", "x"), "expected --chat with --system"),
+        (("--text-column", "text", "--chat"), "expected no --chat with --text-column"),
+    ):
+        refused = call(*tune(world, tmp_path / "out", world.llama, *more))
+        assert refused.status == 2
+        assert message in refused.err
