@@ -10,7 +10,7 @@ from typing import Any
 
 from ptengine.errors import InputError
 
-__all__ = ["described", "label_name", "listed", "place", "text_value"]
+__all__ = ["described", "is_null", "label_name", "listed", "place", "text_value"]
 
 _SHOWN = 60
 
@@ -22,7 +22,7 @@ def place(source_name: str, index: int) -> str:
 
 def described(value: Any) -> str:
     """A value for an error message: its type and its beginning."""
-    if _is_null(value):
+    if is_null(value):
         return "an empty value (null)"
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= _SHOWN else text[:_SHOWN] + '...'}"
@@ -42,7 +42,7 @@ def text_value(value: Any, column: str, source_name: str, index: int) -> str:
     """
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float) and not isinstance(value, bool) and not _is_null(value):
+    if isinstance(value, int | float) and not isinstance(value, bool) and not is_null(value):
         return str(value)
     raise InputError(
         f"{place(source_name, index)}: expected text or a number in column {column!r}, got {described(value)}"
@@ -54,5 +54,6 @@ def label_name(value: Any) -> str | None:
     return str(value) if isinstance(value, str | int) else None
 
 
-def _is_null(value: Any) -> bool:
+def is_null(value: Any) -> bool:
+    """Whether there is no value: None, or NaN, by which pandas says so."""
     return value is None or (isinstance(value, float) and value != value)

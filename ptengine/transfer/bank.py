@@ -32,7 +32,7 @@ from ptengine.backbone.spec import backbone_spec
 from ptengine.data import Task
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
-from ptengine.files import make_directory, save_safetensors_atomic, write_json_atomic
+from ptengine.files import TEMPORARY_PREFIX, make_directory, save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.headed import without_head
 from ptengine.prompts.io import load_prompt, read_prompt
@@ -261,7 +261,9 @@ class PromptBank:
         """Delete the entry called `name`; raises as `entry`."""
         entry = self.entry(name)
         with self._held():
-            shutil.rmtree(entry.path)
+            # In one rename; what a kill then leaves of it goes with the next change.
+            gone = entry.path.rename(entry.path.with_name(f"{TEMPORARY_PREFIX}{name}"))
+            shutil.rmtree(gone)
 
     def entry(self, name: str) -> BankEntry:
         """The entry called `name`.

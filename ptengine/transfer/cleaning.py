@@ -16,7 +16,7 @@ from itertools import combinations
 from typing import Any
 
 from ptengine.data import check_columns, load_rows, named_rows
-from ptengine.data.cells import label_name, text_value
+from ptengine.data.cells import described, is_null, label_name, place, text_value
 from ptengine.data.sources import name_of
 from ptengine.errors import InputError
 from ptengine.training.preparation import DataSource
@@ -150,7 +150,8 @@ def clean(
         name: what the report and errors call data that has no file name.
 
     Raises:
-        InputError: a column is not there, no row is left, balancing without labels, or as `ptengine.data.load_rows`.
+        InputError: a column is not there, a text or label of another type, no row is left, balancing without labels,
+            or as `ptengine.data.load_rows`.
     """
     settings = Cleaning() if settings is None else settings
     if not text_columns:
@@ -217,15 +218,19 @@ class _Work:
             clean_row: Row = {}
             for column in self.texts:
                 value = row[column]
-                missing = value is None or (isinstance(value, float) and value != value)
-                text = "" if missing else text_value(value, column, self.source, index)
+                text = "" if is_null(value) else text_value(value, column, self.source, index)
                 clean_row[column] = normalized(text, self.settings.normalization)
             if any(not text.strip() for text in clean_row.values()):
                 self.drop(index, "a text is missing")
                 continue
             if self.label is not None:
-                label = label_name(row[self.label])
-                if label is None or not label.strip():
+                label = "" if is_null(row[self.label]) else label_name(row[self.label])
+                if label is None:
+                    raise InputError(
+                        f"{place(self.source, index)}: expected a label as text or a whole number in column "
+                        f"{self.label!r}, got {described(row[self.label])}"
+                    )
+                if not label.strip():
                     self.drop(index, "the label is missing")
                     continue
                 clean_row[self.label] = label.strip()
@@ -307,8 +312,10 @@ def normalized(text: str, form: str) -> str:
     """`text` in a Unicode normal form, without control characters and invisible spaces, blanks collapsed."""
     if form == "none":
         return text
-    text = unicodedata.normalize(form, text.replace("\r\n", "\n").replace("\r", "\n"))  # type: ignore[arg-type]
-    plain = "".join(c for c in text if c in "\n\t" or (unicodedata.category(c) != "Cc" and c not in _INVISIBLE))
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    plain = "".join(c for c in text if c.isspace() or (unicodedata.category(c) != "Cc" and c not in _INVISIBLE))
+    # Only then: a letter and its accent may have stood apart.
+    plain = unicodedata.normalize(form, plain)  # type: ignore[arg-type]
     return "\n".join(" ".join(line.split()) for line in plain.split("\n")).strip()
 
 

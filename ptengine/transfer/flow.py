@@ -54,7 +54,7 @@ CONTROL = "shuffled source"
 FROZEN = "frozen model"
 POOLED = "pooled"
 CURVE_ROWS = 100
-"""Test rows of the learning curves, which decide nothing."""
+"""Test rows, drawn by the seed, of the learning curves, which decide nothing."""
 
 _HELD_SHARE, _MOST_HELD = 0.2, 200
 
@@ -106,7 +106,7 @@ class FlowResult:
     sources: source to judgement of its untouched prompt on the test rows.
     baselines: name to accuracy of what needs no language model, trained on the shots.
     cleaning: file by file.
-    curves: name to (optimiser step, accuracy on the first test rows).
+    curves: name to (optimiser step, accuracy on test rows, `CURVE_ROWS` at most).
     adaptivity: name to how the prompt suits the shots' texts in content and form; none of a task with a head.
     left_out: banked prompts that were no sources, with the reason.
     uncontrolled: why there is no control although it was asked for; None otherwise.
@@ -179,7 +179,7 @@ def run_flow(
     work.check(data, banked)
     _check_clean(output / "clean", files)
     with exclusive(make_directory(output)), settled_objects():  # once for all runs
-        _hold_prompts(output / "flow.json", [*sources], banked, settings.pool_sources)
+        _hold_prompts(output / "flow.json", [*sources], banked, settings)
         work.check_target(data, output / "target")
         clean_leftovers(make_directory(output / "clean"))
         write_together(output / "clean", files)
@@ -205,7 +205,7 @@ def _stages(
     say(f"target: transfer and scratch on {len(data.shots)} shots, checked on {settings.guard.folds} held-back parts")
     moved = transfer(
         model, tokenizer, task=task, shots=data.shots, bank=own, strategy=settings.strategy, guard=settings.guard,
-        training=work.of_target(output / "target"), eval_data=data.test[:CURVE_ROWS], source_task=work.source_task,
+        training=work.of_target(output / "target"), eval_data=work.curve_rows(data.test), source_task=work.source_task,
         source_data=data.together or None, unlabelled=data.unlabelled, augmentation=settings.augmentation, resume=True,
     )  # fmt: skip
     words = isinstance(task, VerbalizedTask)
@@ -261,9 +261,10 @@ def _check_clean(folder: Path, files: Mapping[str, bytes]) -> None:
             )
 
 
-def _hold_prompts(path: Path, sources: Sequence[str], banked: Sequence[BankEntry], pool_sources: bool) -> None:
+def _hold_prompts(path: Path, sources: Sequence[str], banked: Sequence[BankEntry], settings: FlowSettings) -> None:
     """Note which prompts a new run starts from, or require those of the run to go on with, before its bank changes."""
-    now: dict[str, Any] = {"sources": sorted(sources), "pool_sources": pool_sources}
+    told = ("pool_sources", "method", "num_virtual_tokens", "init", "source_steps", "source_learning_rate")
+    now: dict[str, Any] = {"sources": sorted(sources), **{name: getattr(settings, name) for name in told}}
     now["bank"] = {entry.name: weights_sha256(entry.read()[0]) for entry in banked}
     if path.is_file():
         require_same_plan(path, now)
@@ -354,6 +355,10 @@ class _Work:
         """The runs on the target, with curves."""
         every = max(self.training.max_steps // 8, 1)
         return replace(self.training, output_dir=str(folder), eval_strategy="steps", eval_steps=every)
+
+    def curve_rows(self, test: Rows) -> Rows:
+        """Drawn, since files are often sorted by label."""
+        return test if len(test) <= CURVE_ROWS else random.Random(self.training.seed).sample(test, CURVE_ROWS)
 
     def check_target(self, data: FlowData, folder: Path) -> None:
         """Refuse to take the sources up again for a transfer that was asked for differently."""

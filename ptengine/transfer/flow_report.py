@@ -172,7 +172,7 @@ def _figures(result: FlowResult, target: str) -> list[Figure]:
         ),
     ]
     if all(result.curves.get(name) for name in (SCRATCH, TRANSFERRED)):
-        caption = f"Accuracy on the first {CURVE_ROWS} test rows at most, while training on the shots."
+        caption = f"Accuracy on test rows, {CURVE_ROWS} of them drawn at most, while training on the shots."
         figures.insert(0, Figure("curves", caption, learning_curves(result.curves, "accuracy")))
     return figures
 

@@ -91,14 +91,14 @@ def transfer_measures(
         seed: of the bootstrap.
 
     Returns:
-        ``absolute_gain`` m_T - m_0; ``relative_error_reduction`` (m_T - m_0) / (best - m_0); ``wins`` and
-        ``negative_transfer_rate``, the shares of pairs with m_T above and below m_0; with `source_only`
-        ``source_only_gain`` over scratch, with `shuffled` ``shuffled_gain`` over scratch; with `full` ``gap_closed``
-        (m_T - m_0) / (m_full - m_0), and with `source_only` too ``transfer_ratio`` source_only / m_full. Ratios are of
-        means, so that no single pair with a small denominator decides.
+        ``absolute_gain`` m_T - m_0; ``relative_error_reduction`` (m_T - m_0) / (best - m_0), unless scratch makes no
+        error; ``wins`` and ``negative_transfer_rate``, the shares of pairs with m_T above and below m_0; with
+        `source_only` ``source_only_gain`` over scratch, with `shuffled` ``shuffled_gain`` over scratch; with `full`
+        ``gap_closed`` (m_T - m_0) / (m_full - m_0), and with `source_only` too ``transfer_ratio`` source_only / m_full.
+        Ratios are of means, so that no single pair with a small denominator decides.
 
     Raises:
-        InputError: as `paired_interval`; a ratio whose denominator is zero.
+        InputError: as `paired_interval`; another ratio whose denominator is zero.
     """
 
     def gain(new: Any, old: Any, axis: int = -1) -> Any:
@@ -133,8 +133,10 @@ def transfer_measures(
     for name, (arrays, statistic) in wanted.items():
         if any(array is None for array in arrays):
             continue
-        found[name] = paired_interval([array for array in arrays if array is not None], statistic, seed)
-        if not np.isfinite(found[name].value):
+        measured = paired_interval([array for array in arrays if array is not None], statistic, seed)
+        if np.isfinite(measured.value):
+            found[name] = measured
+        elif name != "relative_error_reduction":  # which nobody asked for
             raise InputError(f"expected scores for which {name} has a value, got a denominator of zero")
     return found
 

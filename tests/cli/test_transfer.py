@@ -425,3 +425,16 @@ def test_a_source_s_name_of_too_many_bytes_failed_when_its_rows_were_written(
     done = call(*arguments, "--source", f"{'𠀀' * 80}={world.train}")
     assert (done.status, "240 bytes in UTF-8" in done.err) == (2, True), done.err
     assert not (tmp_path / "out").exists()
+
+
+def test_blanks_around_a_label_made_it_another_one(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    """Cleaning takes them away, and the head's labels came from the file as it is."""
+    arguments = command(world, tmp_path)
+    at = arguments.index("--template")
+    arguments[at : at + 2] = ["--text-column", "text"]
+    arguments[arguments.index(world.llama)] = world.bert
+    target = tmp_path / "meals.csv"
+    target.write_text(target.read_text().replace(",good", ",good "), encoding="utf-8")
+    done = call(*arguments, "--no-control", "--json")
+    assert done.status == 0, done.err
+    assert done.json["task"]["labels"] == ["bad", "good"]

@@ -303,3 +303,22 @@ def test_files_of_a_killed_write_stayed_for_ever(tiny: ModuleType, tmp_path: Pat
     (tmp_path / "mine.tmp-1").write_text("")
     add(bank, tiny, "a", tiny.soft(model), model)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "a", "mine.tmp-1"]
+
+
+def test_an_entry_whose_removal_was_killed_stayed_half_there(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, bank = tiny.gpt2(), PromptBank(tmp_path)
+    add(bank, tiny, "a", tiny.soft(model, 1), model)
+    with monkeypatch.context() as patch:
+
+        def killed(folder: Path) -> None:
+            (folder / "prompt.safetensors").unlink()
+            raise KeyboardInterrupt
+
+        patch.setattr("ptengine.transfer.bank.shutil.rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            bank.remove("a")
+    assert bank.list() == ()
+    add(bank, tiny, "b", tiny.soft(model, 2), model)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "b"]

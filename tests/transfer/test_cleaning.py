@@ -147,3 +147,20 @@ def test_rows_were_kept_apart_by_the_names_of_columns_only() -> None:
     assert left([{"text": "fine"}], ["text"]) == ["dull"]
     assert left([{"a": "no", "b": "film", "c": "fine"}], ["a", "b", "c"]) == ["dull"]
     assert left([{"a": "fine", "b": "book"}], ["a", "b"]) == ["fine", "dull"]
+
+
+@pytest.mark.parametrize("mark", ["\x0b", "\x0c", "\x85", "\x1f"])
+def test_words_around_a_control_character_that_is_white_space_were_joined(mark: str) -> None:
+    assert normalized(f"good{mark}bad", "NFC") == "good bad"
+
+
+def test_an_accent_behind_an_invisible_character_stayed_apart() -> None:
+    assert normalized("cafe\u200b\u0301", "NFC") == "caf\u00e9"
+
+
+def test_a_label_of_another_type_was_called_missing() -> None:
+    """As pandas writes whole numbers beside a missing one: all rows went, and nothing said why."""
+    with pytest.raises(
+        InputError, match=r"row 1 .*a label as text or a whole number in column 'label', got float 1\.0"
+    ):
+        cleaned([{"text": "a", "label": float("nan")}, {"text": "b", "label": 1.0}])

@@ -21,7 +21,8 @@ from ptengine.training.folders import exclusive
 from ptengine.transfer import Augmentation, Guard, Initialize, Joint, PromptBank, SelfTrain, Strategy, transfer
 from ptengine.transfer.bank import weights_sha256
 from ptengine.transfer.cleaning import Cleaning
-from ptengine.transfer.flow import CONTROL, FROZEN, FlowSettings, run_flow
+from ptengine.transfer.flow import CONTROL, CURVE_ROWS, FROZEN, FlowSettings, run_flow
+from ptengine.transfer.flow_data import prepared
 from ptengine.transfer.flow_report import flow_report
 from ptengine.transfer.report import write_report
 from ptengine.transfer.self_training import teach
@@ -39,8 +40,9 @@ def run(tiny: ModuleType, output: Path, settings: FlowSettings = SETTINGS, **mor
         "target": target[:30],
         "test": target[30:],
         "task": tiny.words_task(),
+        "training": training,
     }
-    return run_flow(model, tiny.tokenizer(), settings=settings, training=training, **(given | more))
+    return run_flow(model, tiny.tokenizer(), settings=settings, **(given | more))
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -115,7 +117,7 @@ def test_a_flow_that_was_cut_off_goes_on_to_the_same_result(
     again = run(tiny, cut)
     assert again.test == whole.test
     assert again.transfer.decision == whole.transfer.decision
-    with pytest.raises(InputError, match="another output_dir"):
+    with pytest.raises(InputError, match=r"expected source_steps=4 as in the transfer in .*, got 5"):
         run(tiny, cut, replace(SETTINGS, source_steps=5))
 
 
@@ -359,3 +361,68 @@ def test_a_label_without_shots_was_not_spoken_of(tiny: ModuleType, tmp_path: Pat
     assert result.unseen == ["neg"]
     summary = flow_report(result, tiny.words_task(), "t").summary
     assert any(line.startswith("No shot has the label neg: ") for line in summary)
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaning"),
+    [("the film was {}, no doubt", Cleaning(max_characters=13, too_long="cut")), ("cafe\u200b\u0301 {}", Cleaning())],
+    ids=["cut at a blank", "cleaned twice"],
+)
+def test_shots_were_judged_on_too(tiny: ModuleType, text: str, cleaning: Cleaning) -> None:
+    """Cleaned once more, a text that was cut at a blank was no longer the one among the target's rows."""
+    target = [{"text": f"{i:04} " + text.format(i), "label": ("pos", "neg")[i % 2]} for i in range(20)]
+    task = tiny.words_task()
+    data = prepared({}, target, None, None, task, task, cleaning, 4, None, 0, at_once=False)
+    assert len(data.shots) == 8
+    assert sorted(row["text"][:4] for row in [*data.shots, *data.test]) == [f"{i:04}" for i in range(20)]
+
+
+def test_scratch_without_an_error_left_a_run_without_a_report(done: tuple[Any, Path], tiny: ModuleType) -> None:
+    result, _ = done
+    judged = result.test["scratch"]
+    easy = replace(result, test=result.test | {"scratch": replace(judged, correct=(1.0,) * len(judged.correct))})
+    measures = flow_report(easy, tiny.words_task(), "t").data["measures"]
+    assert "relative_error_reduction" not in measures
+    assert measures["wins"]["value"] == 0
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_curves_were_of_one_label_where_the_test_is_sorted(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    def noted(*_: Any, **more: Any) -> Any:
+        asked.append(more["eval_data"])
+        raise Stopped
+
+    monkeypatch.setattr("ptengine.transfer.flow.transfer", noted)
+    test = [{"text": f"film {i}", "label": "pos" if i < CURVE_ROWS else "neg"} for i in range(2 * CURVE_ROWS)]
+    for folder in ("one", "two"):
+        with pytest.raises(Stopped):
+            run(tiny, tmp_path / folder, sources={"a": tiny.rows(20, 0)}, test=test)
+    assert asked[0] == asked[1]
+    assert len(asked[0]) == CURVE_ROWS
+    assert {row["label"] for row in asked[0]} == {"pos", "neg"}
+
+
+def test_other_steps_on_sources_without_checkpoints_changed_the_bank(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were tuned anew and banked, and only then the run was refused."""
+
+    def stop(*_: Any, **__: Any) -> Any:
+        raise Stopped
+
+    monkeypatch.setattr("ptengine.transfer.flow.transfer", stop)
+    training = TrainingConfig(output_dir=str(tmp_path), max_steps=3, disable_tqdm=True, save_strategy="no")
+    asked: dict[str, Any] = {"sources": {"a": tiny.rows(20, 0)}, "training": training}
+    with pytest.raises(Stopped):
+        run(tiny, tmp_path, **asked)
+    before = weights_sha256(PromptBank(tmp_path / "bank").entry("a").read()[0])
+    with pytest.raises(InputError, match=r"expected source_steps=4 as in the transfer in .*, got 5"):
+        run(tiny, tmp_path, replace(SETTINGS, source_steps=5), **asked)
+    assert weights_sha256(PromptBank(tmp_path / "bank").entry("a").read()[0]) == before

@@ -88,3 +88,10 @@ def test_resamples_of_many_pairs_are_drawn_in_parts(monkeypatch: pytest.MonkeyPa
     assert sum(drawn) >= 9999 * 4000
     monkeypatch.setattr("ptengine.transfer.measures._DRAWN_AT_ONCE", 10**9)
     assert paired_interval([one, other], difference) == found
+
+
+def test_scratch_without_an_error_was_refused() -> None:
+    """Since the share of its errors that is mended has no value, which nobody had asked for."""
+    found = transfer_measures([1.0, 1.0], [1.0, 0.5])
+    assert set(found) == {"absolute_gain", "wins", "negative_transfer_rate"}
+    assert found["absolute_gain"].value == -0.25
