@@ -48,7 +48,7 @@ def load_rows(
                 sequence of dicts;
                 ``.parquet``; a column of a type that datasets does not know, such as a map, is left out with a warning;
             a sequence of dicts: a key that a row lacks is null; values of several types may stand in one column and
-            stay what they are (ints beside floats alone become floats, but for those of more than 64 bits);
+            stay what they are (ints beside floats alone become floats);
             a `datasets.Dataset`, returned as it is.
         name: what errors call data that has no file name.
 
@@ -165,7 +165,7 @@ def _is_mixed(values: Sequence[Any]) -> bool:
     while levels:
         present = [value for value in levels.pop() if value is not None]
         kinds = {_kind(value) for value in present}
-        if len(kinds) > 1 or any(isinstance(value, int) and not -(2**63) <= value < 2**63 for value in present):
+        if len(kinds) > 1:
             return True
         if kinds == {list}:
             levels.append([member for value in present for member in value])

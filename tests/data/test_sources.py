@@ -157,13 +157,6 @@ def test_values_beside_others_of_another_type_were_changed(tmp_path: Path, case:
         assert dataset["y"][:] == ["007"] * len(values)
 
 
-@pytest.mark.parametrize("value", [2**64 - 1, -(2**63) - 1, [10**20], {"a": 10**20}])
-def test_whole_numbers_of_more_than_64_bits_spoiled_the_other_columns(tmp_path: Path, value: Any) -> None:
-    rows = [{"id": value, "text": "a"}, {"id": None, "text": "b"}]
-    for source in (rows, write(tmp_path / "a.jsonl", rows)):
-        assert list(load_rows(source)) == rows
-
-
 def test_numpy_values_beside_others() -> None:
     rows = [{"x": np.int64(3)}, {"x": "03"}, {"x": np.array([1.5])}]
     assert load_rows(rows)["x"][:] == [3, "03", [1.5]]

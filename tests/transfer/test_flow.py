@@ -365,7 +365,7 @@ def test_a_label_without_shots_was_not_spoken_of(tiny: ModuleType, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("text", "cleaning"),
-    [("the film was {}, no doubt", Cleaning(max_characters=13, too_long="cut")), ("cafe\u200b\u0301 {}", Cleaning())],
+    [("the film was {}, no doubt", Cleaning(max_characters=14, too_long="cut")), ("cafe\u200b\u0301 {}", Cleaning())],
     ids=["cut at a blank", "cleaned twice"],
 )
 def test_shots_were_judged_on_too(tiny: ModuleType, text: str, cleaning: Cleaning) -> None:
