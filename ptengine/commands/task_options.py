@@ -80,16 +80,18 @@ def make_task(args: argparse.Namespace) -> Task:
         Verbalizer,
     )
 
+    if not args.chat:
+        require(args, "--chat", "system")
     if any(getattr(args, name) is not None for name in _QUESTION_OPTIONS):
         return _question_task(args)
     if args.embedding:
-        refuse(args, "--embedding", "template", "label_words", "target_column", "tokens_column", "tags_column")
+        refuse(args, "--embedding", "template", "label_words", "target_column", "tokens_column", "tags_column", "chat")
         label = (args.label_column or "label") if args.positive_label is not None else args.label_column
         columns = (args.text_column or "text", args.text_pair_column or "text_pair")
         return EmbeddingTask(*columns, label, args.positive_label)
     require(args, "--embedding", "positive_label")
     if args.tokens_column is not None:
-        others = ("template", "label_words", "label_column", "target_column", "text_column", "text_pair_column")
+        others = ("template", "chat", "label_words", "label_column", "target_column", "text_column", "text_pair_column")
         refuse(args, "--tokens-column", *others)
         tags_column = args.tags_column or "tags"
         return TokenClassificationTask(args.tokens_column, tags_column, _labels(args.train, tags_column))
@@ -100,8 +102,6 @@ def make_task(args: argparse.Namespace) -> Task:
         return SequenceClassificationTask(
             args.text_column, args.text_pair_column, label_column, _labels(args.train, label_column)
         )
-    if not args.chat:
-        require(args, "--chat", "system")
     if args.template is None:
         require(args, "--template", "chat")
         raise InputError("expected --template (or --text-column for a BERT model), got neither")
@@ -154,7 +154,7 @@ def _question_task(args: argparse.Namespace) -> Task:
     given = {name: getattr(args, name) for name in _QUESTION_OPTIONS if getattr(args, name) is not None}
     if "question_column" not in given:
         require(args, "--question-column", *given)
-    others = ("template", "label_words", "label_column", "target_column", "text_column", "text_pair_column")
+    others = ("template", "chat", "label_words", "label_column", "target_column", "text_column", "text_pair_column")
     refuse(args, "--question-column", *others)
     return QuestionAnsweringTask(**given)
 

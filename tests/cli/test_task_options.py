@@ -203,6 +203,9 @@ def test_chat_options_alone_are_refused(world: Any, call: Callable[..., Any], tm
     for more, message in (
         (("--template", "{text}", "--system", "x"), "expected --chat with --system"),
         (("--text-column", "text", "--chat"), "expected no --chat with --text-column"),
+        (("--tokens-column", "text", "--chat"), "expected no --chat with --tokens-column"),
+        (("--question-column", "text", "--chat"), "expected no --chat with --question-column"),
+        (("--embedding", "--chat"), "expected no --chat with --embedding"),
     ):
         refused = call(*tune(world, tmp_path / "out", world.llama, *more))
         assert refused.status == 2
