@@ -146,9 +146,8 @@ class CausalRows:
         if past:
             _require_steps(spec)
         layout = call | ({"input_ids": ids} if text is None else {"inputs_embeds": text})
-        limit = (
-            spec.max_positions if rows.chosen is None else UNLIMITED
-        )  # of rows with prompts of their own each differs
+        # Of rows with prompts of their own each differs, and was checked.
+        limit = spec.max_positions if rows.chosen is None else UNLIMITED
         batch = read_batch(layout, (given.shape[0], given.shape[1]), past, rows.slots, limit)
         _require_padding(spec, batch)
         call = self._with_rows(call, batch, rows, spec.word_embeddings(ids) if text is None else text, past)

@@ -108,6 +108,7 @@ def test_a_head_of_the_prompts_own_is_written_whole(tmp_path: Path) -> None:
     save_peft(headed, tmp_path / "own", make_model("distilbert"))
     save_peft(prompt, tmp_path / "model", model)
     own, models = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "model"))
+    assert "base_model.pre_classifier.weight" in own
     assert own.keys() == models.keys()
     assert all(torch.equal(own[name], models[name]) for name in own)
 
