@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.checks import check_whole
 from ptengine.data import GenerationTask, Task, VerbalizedTask
 from ptengine.data.tasks import placed_virtual_tokens
 from ptengine.errors import InputError
@@ -96,8 +97,7 @@ def recommend(model: Any, task: Task, n_examples: int) -> Recommendation:
         raise InputError(
             f"expected a task for {spec.kind} models with model type {spec.model_type!r}, got {type(task).__name__}"
         )
-    if isinstance(n_examples, bool) or not isinstance(n_examples, int) or n_examples < 1:
-        raise InputError(f"expected n_examples, a whole number of at least 1, got {n_examples!r}")
+    check_whole("n_examples", n_examples)
     reasons: list[Reason] = []
     parameters = sum(parameter.numel() for parameter in model.parameters())
     method = _method(spec, task, n_examples, parameters, reasons)

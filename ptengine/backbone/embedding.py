@@ -17,6 +17,7 @@ from ptengine.backbone.modes import Lowerable, eval_mode, lowered_for
 from ptengine.backbone.packing import PackedBatch, pack_rows
 from ptengine.backbone.patching import patched, require_patched
 from ptengine.backbone.step import Prompts
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 
 __all__ = ["UNREAD", "embed", "text_embeddings"]
@@ -80,9 +81,9 @@ def embed(
     """
     if isinstance(texts, str) or not texts or not all(isinstance(text, str) for text in texts):
         raise InputError(f"expected a list of at least one text, got {type(texts).__name__} {str(texts)[:60]!r}")
-    for name, value in (("batch_size", batch_size), ("max_length", 1 if max_length is None else max_length)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"expected {name} as a whole number of at least 1, got {value!r}")
+    check_whole("batch_size", batch_size)
+    if max_length is not None:
+        check_whole("max_length", max_length)
     with torch.no_grad(), patched(model), eval_mode(model):
         return _embed(model, prompt, texts, tokenizer, batch_size, max_length, truncation)
 

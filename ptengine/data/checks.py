@@ -9,7 +9,7 @@ from ptengine.data.cells import described
 from ptengine.data.templates import Template
 from ptengine.errors import InputError
 
-__all__ = ["check_column", "check_count", "check_masks", "expect", "refuse_leak"]
+__all__ = ["check_column", "check_masks", "expect", "refuse_leak"]
 
 
 def expect(value: object, kind: type, name: str) -> None:
@@ -37,8 +37,3 @@ def check_masks(template: Template, wanted: int, why: str) -> None:
             f"expected a template with {'one {mask}' if wanted else 'no {mask}'}, {why}, got {template.num_masks} in "
             f"{template.text!r}"
         )
-
-
-def check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"expected {name} as a whole number of at least {least}, got {described(value)}")

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from ptengine.backbone.packing import IGNORE_INDEX, PackedBatch, pack_rows
+from ptengine.checks import check_whole
 from ptengine.data.encoding import EncodedRow
 from ptengine.errors import InputError
 
@@ -92,7 +93,7 @@ class ShuffledBatches:
 
     def __init__(self, num_rows: int, batch_size: int, seed: int, least: int = 1) -> None:
         for name, value, low in (("num_rows", num_rows, 1), ("batch_size", batch_size, least), ("seed", seed, 0)):
-            _check_count(name, value, low)
+            check_whole(name, value, low)
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.seed = seed
@@ -145,8 +146,8 @@ class ShuffledBatches:
                 raise InputError(
                     f"expected a sampler's state with {name}={getattr(self, name)} as in this run, got {state[name]!r}"
                 )
-        _check_count("epoch", state["epoch"], 0)
-        _check_count("batch_index", state["batch_index"], 0)
+        check_whole("epoch", state["epoch"], 0)
+        check_whole("batch_index", state["batch_index"], 0)
         if state["batch_index"] >= self.batches_per_epoch:
             raise InputError(f"expected batch_index below {self.batches_per_epoch}, got {state['batch_index']}")
         self._epoch, self._batch_index = state["epoch"], state["batch_index"]
@@ -157,8 +158,3 @@ class ShuffledBatches:
             generator = torch.Generator().manual_seed(int(mixed[0]))
             self._order = (epoch, torch.randperm(self.num_rows, generator=generator).tolist())
         return self._order[1]
-
-
-def _check_count(name: str, value: object, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"expected {name} as a whole number of at least {least}, got {value!r}")

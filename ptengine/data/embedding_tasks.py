@@ -5,13 +5,13 @@ Knows data and a tokenizer; no model and no prompt.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from datasets import Dataset
 
 from ptengine.backbone.packing import IGNORE_INDEX
+from ptengine.checks import check_number
 from ptengine.data.cells import described, label_name, place, text_value
 from ptengine.data.checks import check_column
 from ptengine.data.encoding import EncodedRow, EncodedSplit, check_max_tokens, plain_columns, too_long
@@ -65,9 +65,7 @@ class EmbeddingTask:
             object.__setattr__(self, "positive_label", positive)
         if len(set(self.columns)) < len(self.columns):
             raise InputError(f"expected columns apart from each other, got {list(self.columns)}")
-        value = self.temperature
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise InputError(f"expected temperature as a number above 0, got {described(value)}")
+        check_number("temperature", self.temperature)
 
     @property
     def columns(self) -> tuple[str, ...]:

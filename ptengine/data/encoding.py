@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from datasets import ClassLabel, Dataset
 
+from ptengine.checks import check_whole
 from ptengine.data.cells import described, label_name, listed, place
 from ptengine.data.sources import check_columns
 from ptengine.data.templates import Template
@@ -120,11 +121,7 @@ class EncodedSplit:
 
 
 def check_max_tokens(max_tokens: int) -> None:
-    if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-        raise InputError(
-            "expected max_tokens (the model's context minus the prompt) as a whole number of at least 1, "
-            f"got {max_tokens!r}"
-        )
+    check_whole("max_tokens (the model's context minus the prompt)", max_tokens)
 
 
 def plain_columns(dataset: Dataset, needed: Sequence[str], source_name: str) -> dict[str, list[Any]]:

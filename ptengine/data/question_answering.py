@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from datasets import Dataset
 
 from ptengine.backbone.packing import IGNORE_INDEX
+from ptengine.checks import check_whole, is_whole
 from ptengine.data.cells import described, place, text_value
-from ptengine.data.checks import check_column, check_count
+from ptengine.data.checks import check_column
 from ptengine.data.encoding import AnswerWindow, EncodedRow, EncodedSplit, check_max_tokens, plain_columns
 from ptengine.errors import InputError
 
@@ -59,8 +60,8 @@ class QuestionAnsweringTask:
             check_column(getattr(self, name), name)
         if len({getattr(self, name) for name in columns}) < len(columns):
             raise InputError(f"expected columns apart from each other, got {[getattr(self, name) for name in columns]}")
-        check_count("stride", self.stride, 0)
-        check_count("max_answer_length", self.max_answer_length, 1)
+        check_whole("stride", self.stride, 0)
+        check_whole("max_answer_length", self.max_answer_length)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -141,7 +142,7 @@ class QuestionAnsweringTask:
         begin = starts[0] if isinstance(starts, list) and starts else None
         if begin is None and not isinstance(value, dict) and self.start_column is None:
             begin = context.find(texts[0])
-        if isinstance(begin, bool) or not isinstance(begin, int):
+        if not is_whole(begin):
             raise InputError(
                 f"{where}: expected the answer's first character as a whole number, got {described(begin)}"
             )

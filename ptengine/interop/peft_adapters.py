@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone.gated import GATED_MODEL_TYPES
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts import BackboneFacts, LlamaAdapter
-from ptengine.prompts.reparametrized import check_whole
 
 __all__ = ["ADAPTER_TYPE", "adapter_of", "adapter_parts", "require_plain_output"]
 

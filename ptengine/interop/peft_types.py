@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptengine.checks import check_number, check_whole
 from ptengine.errors import InputError
 
 __all__ = ["PREFIX_TYPES", "SOFT_TYPES", "multitask_tensors", "rows_of", "training_fields"]
@@ -118,23 +119,17 @@ def _task_factor(tensors: dict[str, Tensor], count: int, width: int, task_id: in
         raise InputError(f"expected prefix_task_cols [N, {count}, r] and prefix_task_rows [N, r, {width}], got {got}")
     if len(cols) != len(rows) or cols.shape[2] != rows.shape[1]:
         raise InputError(f"expected as many tasks and ranks in prefix_task_cols as in prefix_task_rows, got {got}")
-    if isinstance(task_id, bool) or not isinstance(task_id, int) or not 0 <= task_id < len(cols):
-        raise InputError(f"expected task_id, a whole number from 0 to {len(cols) - 1}, got {task_id!r}")
-    return cols[task_id] @ rows[task_id]  # [P, r] @ [r, d]
+    chosen = check_whole("task_id", task_id, 0, len(cols) - 1)
+    return cols[chosen] @ rows[chosen]  # [P, r] @ [r, d]
 
 
 @torch.no_grad()
 def _p_tuning(config: Mapping[str, Any], state: dict[str, Tensor], width: int) -> Tensor:
     """What the encoder of P-tuning (Liu et al. 2021, arXiv 2103.10385) computes in eval mode: [P, d]."""
     count, kind = config["num_virtual_tokens"], config.get("encoder_reparameterization_type")
-    hidden, depth = config.get("encoder_hidden_size"), config.get("encoder_num_layers")
     if kind not in ("MLP", "LSTM"):
         raise InputError(f"expected encoder_reparameterization_type MLP or LSTM, got {kind!r}")
-    for name, value in (("encoder_hidden_size", hidden), ("encoder_num_layers", depth)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"expected {name}, a whole number of at least 1, got {value!r}")
-    assert isinstance(hidden, int)
-    assert isinstance(depth, int)
+    hidden, depth = (check_whole(name, config.get(name)) for name in ("encoder_hidden_size", "encoder_num_layers"))
     # On the meta device nothing is drawn at random; the tensors are put in place below.
     with torch.device("meta"):
         encoder = nn.ModuleDict({"embedding": nn.Embedding(count, width)})
@@ -186,10 +181,7 @@ def _mlp(sizes: Sequence[int]) -> nn.Sequential:
 
 
 def _positive(config: Mapping[str, Any], name: str) -> float:
-    value = config.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise InputError(f"expected {name}, a number above 0, got {value!r}")
-    return value
+    return check_number(name, config.get(name))
 
 
 def _floating(tensor: Tensor, name: str) -> Tensor:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import DEFAULT_NUM_VIRTUAL_TOKENS, check_count
 from ptengine.prompts.prefix import Prefix, flat_rate, require_prefix, text_blocks
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import check_whole
 
 __all__ = ["Cartridge", "concatenate_prefixes"]
 
@@ -147,7 +147,7 @@ def _prefix(facts: BackboneFacts, keys: Tensor, values: Tensor) -> Prefix:
 
 
 def _check_frozen(frozen: Any, count: int) -> None:
-    if check_whole("num_frozen_tokens", frozen, low=0) >= count:
+    if check_whole("num_frozen_tokens", frozen, 0) >= count:
         raise InputError(f"expected num_frozen_tokens below num_virtual_tokens={count}, got {frozen}")
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.checks import check_whole, is_whole
 from ptengine.errors import InputError
 
 __all__ = [
@@ -61,9 +62,7 @@ def refuse_unused(init: str, used: Iterable[str], **given: Any) -> None:
 
 def check_count(num_virtual_tokens: Any, spec: BackboneSpec) -> int:
     """P, if it is a whole number from 1 up to one less than the positions of the model."""
-    if isinstance(num_virtual_tokens, bool) or not isinstance(num_virtual_tokens, int) or num_virtual_tokens < 1:
-        raise InputError(f"expected num_virtual_tokens, a whole number of at least 1, got {num_virtual_tokens!r}")
-    if num_virtual_tokens >= spec.max_positions:
+    if check_whole("num_virtual_tokens", num_virtual_tokens) >= spec.max_positions:
         raise InputError(
             f"expected num_virtual_tokens below the {spec.max_positions} positions of the model, so that text fits "
             f"behind the prompt, got {num_virtual_tokens}"
@@ -72,7 +71,7 @@ def check_count(num_virtual_tokens: Any, spec: BackboneSpec) -> int:
 
 
 def generator_from(seed: Any) -> torch.Generator:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**63:
+    if not is_whole(seed) or not 0 <= seed < 2**63:
         raise InputError(f"expected seed, a whole number from 0 to 2**63 - 1, got {seed!r}")
     return torch.Generator().manual_seed(seed)
 

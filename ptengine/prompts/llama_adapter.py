@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from ptengine.backbone.gated import check_gated
 from ptengine.backbone.lowering import GatedTokens
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import check_count, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import Parametrized, check_whole
+from ptengine.prompts.reparametrized import Parametrized
 
 __all__ = ["LlamaAdapter"]
 

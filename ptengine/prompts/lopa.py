@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import check_whole, fill_like_torch
+from ptengine.prompts.reparametrized import fill_like_torch
 from ptengine.prompts.soft_prompt import SoftPrompt
 from ptengine.prompts.text_dependent import TextDependentPrompt, mean_token
 

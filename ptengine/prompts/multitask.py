@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import RATE, Reparametrized, check_whole, fold_rows
+from ptengine.prompts.reparametrized import RATE, Reparametrized, fold_rows
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["MultitaskPrompt"]
@@ -160,6 +161,4 @@ class MultitaskPrompt(Reparametrized):
 
 
 def _check_task(task: Any, tasks: int) -> int:
-    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < tasks:
-        raise InputError(f"expected a task, a whole number from 0 to {tasks - 1}, got {task!r}")
-    return task
+    return check_whole("a task", task, 0, tasks - 1)

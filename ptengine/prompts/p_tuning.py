@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import DEFAULT_NUM_VIRTUAL_TOKENS, check_count, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import Reparametrized, check_whole, fill_like_torch
+from ptengine.prompts.reparametrized import Reparametrized, fill_like_torch
 
 __all__ = ["PTuning"]
 

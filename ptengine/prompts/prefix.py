@@ -16,6 +16,7 @@ from ptengine.backbone.caches import whole_cache
 from ptengine.backbone.lowering import KeyValuePrefix
 from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.checks import check_whole, is_whole
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
@@ -123,8 +124,7 @@ class Prefix(Prompt):
         if projection_size is not None and not projection:
             raise InputError(f"expected projection=True with projection_size, got projection_size={projection_size!r}")
         size = _PROJECTION_SIZE if projection_size is None else projection_size
-        if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-            raise InputError(f"expected projection_size, a whole number of at least 1, got {size!r}")
+        check_whole("projection_size", size)
         generator = generator_from(seed)
 
         if init in ("array", "prompt"):
@@ -178,7 +178,7 @@ class Prefix(Prompt):
         described = dict(config) if isinstance(config, dict) else {}
         size = described.pop("projection_size", None)
         count, init = checked_config(described if size is not None else config, INITS)
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        if size is not None and (not is_whole(size) or size < 1):
             raise InputError(f"expected a saved prompt's config with projection_size of at least 1, got {size!r}")
         prompt = cls.__new__(cls)
         Prompt.__init__(prompt, facts, count)

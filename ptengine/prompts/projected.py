@@ -11,12 +11,13 @@ from torch.nn import functional as F
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import check_count, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import Reparametrized, check_whole, fill_like_torch, fold_rows
+from ptengine.prompts.reparametrized import Reparametrized, fill_like_torch, fold_rows
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["ProjectedPrompt"]

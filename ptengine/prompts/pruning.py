@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import Reparametrized, check_whole
+from ptengine.prompts.reparametrized import Reparametrized
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["PrunedPrompt", "prune_pieces", "prune_tokens"]

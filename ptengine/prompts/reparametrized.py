@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.checks import check_number, check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
@@ -24,8 +25,6 @@ __all__ = [
     "RATE",
     "Parametrized",
     "Reparametrized",
-    "check_number",
-    "check_whole",
     "fill_like_torch",
     "fold_rows",
     "relative_rate",
@@ -194,17 +193,3 @@ def fill_like_torch(module: nn.Module, generator: torch.Generator) -> None:
             bound = 1 / math.sqrt(part.in_features if isinstance(part, nn.Linear) else part.hidden_size)
             for parameter in part.parameters():
                 nn.init.uniform_(parameter, -bound, bound, generator=generator)
-
-
-def check_whole(name: str, value: Any, low: int = 1) -> int:
-    """`value`, if it is a whole number of at least `low`; `InputError` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InputError(f"expected {name}, a whole number of at least {low}, got {value!r}")
-    return value
-
-
-def check_number(name: str, value: Any) -> float:
-    """`value`, if it is a finite number above 0; `InputError` otherwise."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"expected {name}, a number above 0, got {value!r}")
-    return float(value)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_number, check_whole
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.prompts.initialization import Initial, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import RATE, Reparametrized, check_number, check_whole, fill_like_torch
+from ptengine.prompts.reparametrized import RATE, Reparametrized, fill_like_torch
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["ResidualPrompt"]

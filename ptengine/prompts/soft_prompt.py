@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptengine.backbone.lowering import VirtualTokens
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.checks import is_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts, embedding_scale
@@ -160,7 +161,7 @@ class SoftPrompt(Prompt):
 def checked_config(config: Any, inits: tuple[str, ...]) -> tuple[int, str]:
     """`num_virtual_tokens` and `init` of a saved prompt's config, checked."""
     count = config.get("num_virtual_tokens") if isinstance(config, dict) else None
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+    if not is_whole(count) or count < 1:
         raise InputError(f"expected a saved prompt's config with num_virtual_tokens of at least 1, got {config!r}")
     if set(config) != {"num_virtual_tokens", "init"} or config["init"] not in inits:
         raise InputError(f"expected a saved prompt's config with init, one of {', '.join(inits)}, got {config!r}")

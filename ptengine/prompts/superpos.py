@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_flags, check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.facts import BackboneFacts, backbone_facts, embedding_scale
 from ptengine.prompts.initialization import (
@@ -19,7 +20,7 @@ from ptengine.prompts.initialization import (
     sampled_vocabulary_ids,
 )
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import Reparametrized, check_whole
+from ptengine.prompts.reparametrized import Reparametrized
 
 __all__ = ["SuperPosPrompt"]
 
@@ -88,8 +89,7 @@ class SuperPosPrompt(Reparametrized):
             raise InputError(
                 f"expected num_sampled_tokens of at most {facts.vocab_size}, the vocabulary, got {sampled}"
             )
-        if not isinstance(trained, bool):
-            raise InputError(f"expected train_embeddings as True or False, got {trained!r}")
+        check_flags(train_embeddings=trained)
 
     def _build(self) -> None:
         sampled, width = self.settings["num_sampled_tokens"], self.facts.hidden_size

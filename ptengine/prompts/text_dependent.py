@@ -15,8 +15,9 @@ from torch import Tensor
 
 from ptengine.backbone.lowering import TextDependentTokens
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.checks import check_number
 from ptengine.prompts.facts import BackboneFacts
-from ptengine.prompts.reparametrized import RATE, Parametrized, check_number
+from ptengine.prompts.reparametrized import RATE, Parametrized
 
 __all__ = ["TextDependentPrompt", "largest_elements", "mean_token"]
 

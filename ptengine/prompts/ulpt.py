@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.initialization import DEFAULT_NUM_VIRTUAL_TOKENS, check_count, generator_from
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import Reparametrized, check_whole
+from ptengine.prompts.reparametrized import Reparametrized
 
 __all__ = ["ULPTPrompt"]
 
@@ -71,7 +72,7 @@ class ULPTPrompt(Reparametrized):
     @classmethod
     def check_settings(cls, facts: BackboneFacts, settings: Mapping[str, Any]) -> None:
         check_whole("rank", settings["rank"])
-        check_whole("projection_seed", settings["projection_seed"], low=0)
+        check_whole("projection_seed", settings["projection_seed"], 0)
 
     def _build(self) -> None:
         self.codes = nn.Parameter(torch.empty(self.num_virtual_tokens, self.settings["rank"]))  # [P, r]

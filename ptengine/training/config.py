@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ptengine.checks import check_flags, check_whole, is_whole
 from ptengine.errors import InputError
 
 __all__ = ["MOST_SEED", "TrainingConfig"]
@@ -116,9 +117,10 @@ class TrainingConfig:
             raise _wrong("output_dir", "the path of a folder", self.output_dir)
         object.__setattr__(self, "output_dir", str(self.output_dir))
         _number(self, "num_train_epochs", "a number above 0", low=0, low_open=True)
-        if not _is_int(self.max_steps) or (self.max_steps != -1 and self.max_steps < 1):
-            raise _wrong(
-                "max_steps", "-1 (as many as num_train_epochs asks for) or an integer of at least 1", self.max_steps
+        if not is_whole(self.max_steps) or (self.max_steps != -1 and self.max_steps < 1):
+            raise InputError(
+                "expected max_steps, -1 (as many as num_train_epochs asks for) or a whole number of at least 1, "
+                f"got {self.max_steps!r}"
             )
         for name in (
             "per_device_train_batch_size",
@@ -127,14 +129,12 @@ class TrainingConfig:
             "save_steps",
             "logging_steps",
         ):
-            _integer(self, name, 1)
+            check_whole(name, getattr(self, name))
         for name in ("eval_steps", "save_total_limit", "early_stopping_patience", "max_length"):
             if getattr(self, name) is not None:
-                _integer(self, name, 1, "None or an integer")
-        for name in ("warmup_steps", "seed"):
-            _integer(self, name, 0)
-        if self.seed > MOST_SEED:
-            raise _wrong("seed", f"an integer from 0 to {MOST_SEED}", self.seed)
+                check_whole(name, getattr(self, name))
+        check_whole("warmup_steps", self.warmup_steps, 0)
+        check_whole("seed", self.seed, 0, MOST_SEED)
         if self.learning_rate is not None:
             _number(self, "learning_rate", "None or a number above 0", low=0, low_open=True)
         _number(self, "head_learning_rate", "a number above 0", low=0, low_open=True)
@@ -151,9 +151,8 @@ class TrainingConfig:
         _choice(self, "eval_strategy", ("no", "steps", "epoch", None))
         _choice(self, "save_strategy", ("no", "steps", "epoch"))
         _choice(self, "report_to", ("none", "tensorboard"))
-        for name in ("bf16", "load_best_model_at_end", "gradient_checkpointing", "disable_tqdm", "truncation"):
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, "True or False", getattr(self, name))
+        flags = ("bf16", "load_best_model_at_end", "gradient_checkpointing", "disable_tqdm", "truncation")
+        check_flags(**{name: getattr(self, name) for name in flags})
         if self.greater_is_better is not None and not isinstance(self.greater_is_better, bool):
             raise _wrong("greater_is_better", "None, True or False", self.greater_is_better)
         if self.metric_for_best_model is not None and (
@@ -188,17 +187,7 @@ class TrainingConfig:
 
 
 def _wrong(name: str, expected: str, value: Any) -> InputError:
-    return InputError(f"expected {name} to be {expected}, got {value!r}")
-
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _integer(config: TrainingConfig, name: str, low: int, kind: str = "an integer") -> None:
-    value = getattr(config, name)
-    if not _is_int(value) or value < low:
-        raise _wrong(name, f"{kind} of at least {low}", value)
+    return InputError(f"expected {name}, {expected}, got {value!r}")
 
 
 def _number(

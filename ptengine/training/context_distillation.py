@@ -17,6 +17,7 @@ from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.patching import require_patched
 from ptengine.backbone.step import capture_prefix
 from ptengine.backbone.vocabulary import vocabulary_logits
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 
@@ -62,8 +63,7 @@ def context_distillation_loss(
             teacher cannot; or as `packed_loss`.
     """
     spec = require_patched(model)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= spec.vocab_size:
-        raise InputError(f"expected top_k, a whole number from 1 to {spec.vocab_size}, got {top_k!r}")
+    check_whole("top_k", top_k, 1, spec.vocab_size)
     with torch.no_grad():
         seen = label_hidden(model, teacher, batch)
         log_p, tokens = vocabulary_logits(spec, seen.hidden).float().log_softmax(-1).topk(top_k, dim=-1)  # [n, k]

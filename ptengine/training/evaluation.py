@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from ptengine.backbone.generation import generate_in_batches
 from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_flags, check_whole
 from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
 from ptengine.data.metrics import check_bleu_tokenizer
 from ptengine.data.sources import name_of
@@ -27,7 +28,6 @@ from ptengine.training.objective import EvalResult, make_objective
 from ptengine.training.preparation import (
     DataSource,
     check_evaluation,
-    check_flags,
     check_head,
     check_places,
     check_prompt,
@@ -84,9 +84,8 @@ def evaluate(
     Raises:
         InputError: as `ptengine.Trainer`; `generate` with a task that writes no text.
     """
-    for name, value in (("batch_size", batch_size), ("max_new_tokens", max_new_tokens)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(f"expected {name} to be an integer of at least 1, got {value!r}")
+    check_whole("batch_size", batch_size)
+    check_whole("max_new_tokens", max_new_tokens)
     check_flags(truncation=truncation, bf16=bf16, generate=generate)
     check_bleu_tokenizer(bleu_tokenizer)
     if generate and not isinstance(task, GenerationTask):

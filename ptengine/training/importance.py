@@ -17,6 +17,7 @@ from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, VirtualToken
 from ptengine.backbone.modes import lowered_as_used
 from ptengine.backbone.packing import PackedBatch
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.training.freezing import frozen
@@ -57,7 +58,7 @@ def prompt_importance(model: Any, prompt: Prompt, batches: Iterable[PackedBatch]
         raise InputError(f"expected a ptengine prompt, got {type(prompt).__name__}")
     check_prompt(prompt, model)
     width = backbone_spec(model).hidden_size
-    if isinstance(num_pieces, bool) or not isinstance(num_pieces, int) or num_pieces < 1 or width % num_pieces:
+    if width % check_whole("num_pieces", num_pieces):
         raise InputError(f"expected num_pieces that divides the model's width {width}, got {num_pieces!r}")
     with torch.no_grad():
         lowered = lowered_as_used(prompt)

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, VirtualTokens
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.checks import check_whole
 from ptengine.data import EncodedRow, EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
 from ptengine.data.encoding import too_long
@@ -27,7 +28,6 @@ __all__ = [
     "check_batches",
     "check_checkpointing",
     "check_evaluation",
-    "check_flags",
     "check_head",
     "check_own_head",
     "check_places",
@@ -38,13 +38,6 @@ __all__ = [
 ]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
-
-
-def check_flags(**flags: object) -> None:
-    """Refuse what is neither True nor False: ``"no"`` would count as True."""
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise InputError(f"expected {name} to be True or False, got {flag!r}")
 
 
 def check_prompt(prompt: Prompt | None, model: Any) -> None:
@@ -142,8 +135,8 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
     Raises:
         InputError: the prompt leaves no room, or `max_length` is more than it leaves or no whole number of at least 1.
     """
-    if max_length is not None and (isinstance(max_length, bool) or not isinstance(max_length, int) or max_length < 1):
-        raise InputError(f"expected max_length to be None or an integer of at least 1, got {max_length!r}")
+    if max_length is not None:
+        check_whole("max_length", max_length)
     taken = 0 if prompt is None else prompt.num_positions
     reach = None if prompt is None else prompt.max_text_length
     room = spec.max_positions - taken

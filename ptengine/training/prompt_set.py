@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from ptengine.backbone.lowering import TextDependentTokens
+from ptengine.checks import check_whole
 from ptengine.data import EmbeddingTask, MaskedClassificationTask
 from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError, TrainingDiverged
@@ -117,14 +118,8 @@ class PromptSet:
         if not str(output_dir):
             raise InputError("expected output_dir, the path of a folder, got ''")
         self.output_dir = Path(output_dir)
-        if max_tokens_per_batch is not None and (
-            not isinstance(max_tokens_per_batch, int)
-            or isinstance(max_tokens_per_batch, bool)
-            or max_tokens_per_batch < 1
-        ):
-            raise InputError(
-                f"expected max_tokens_per_batch to be None or an integer of at least 1, got {max_tokens_per_batch!r}"
-            )
+        if max_tokens_per_batch is not None:
+            check_whole("max_tokens_per_batch", max_tokens_per_batch)
         self.max_tokens_per_batch = max_tokens_per_batch
         _check_members(self.members, self.output_dir)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptengine.backbone.spec import BackboneSpec, backbone_spec
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts import Prompt, SoftPrompt, backbone_facts
 from ptengine.prompts.facts import embedding_scale
@@ -104,10 +105,10 @@ def carry_prompt(
     for name, value in {"steps": steps, "seed": seed}.items():
         if value is not None and method != "relative_anchors":
             raise InputError(f"method={method!r} does not use {name}, but it was given")
-    _check_whole("skip_frequent", skip_frequent, 0)
+    check_whole("skip_frequent", skip_frequent, 0)
     for name, value in {"num_tokens": num_tokens, "min_shared_tokens": min_shared_tokens, "steps": steps}.items():
         if value is not None:
-            _check_whole(name, value, 1)
+            check_whole(name, value, 1)
     generator = generator_from(0 if seed is None else seed)
     carried = _checked_rows(prompt, source_model)  # [P, d_s]
     source = _vocabulary(source_model, source_tokenizer, "source_tokenizer")
@@ -139,10 +140,10 @@ def vocabulary_map(
 
     Arguments and errors as in `carry_prompt`.
     """
-    _check_whole("skip_frequent", skip_frequent, 0)
+    check_whole("skip_frequent", skip_frequent, 0)
     for name, value in {"num_tokens": num_tokens, "min_shared_tokens": min_shared_tokens}.items():
         if value is not None:
-            _check_whole(name, value, 1)
+            check_whole(name, value, 1)
     source = _vocabulary(source_model, source_tokenizer, "source_tokenizer")
     target = _vocabulary(target_model, target_tokenizer, "target_tokenizer")
     least = source.spec.hidden_size if min_shared_tokens is None else min_shared_tokens
@@ -260,8 +261,3 @@ def _used(shared: list[tuple[int, int]], most: int, skip: int, least: int) -> li
             f"two vocabularies have {len(shared)} ordinary tokens in common, of which at most {most} are used"
         )
     return used
-
-
-def _check_whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"expected {name}, a whole number of at least {least}, got {value!r}")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.transfer.cleaning import text_key
 from ptengine.transfer.words import CJK
@@ -45,11 +46,7 @@ class Augmentation:
 
     def __post_init__(self) -> None:
         for name, least in (("copies", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise InputError(
-                    f"expected {name} of an augmentation, a whole number of at least {least}, got {value!r}"
-                )
+            check_whole(f"{name} of an augmentation", getattr(self, name), least)
         for name in ("delete", "swap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.data import ClassificationTask, load_rows, named_rows
 from ptengine.data.sources import name_of
 from ptengine.data.tasks import row_labels
@@ -119,9 +120,7 @@ def bridge(
     """
     counts = {"num_virtual_tokens": num_virtual_tokens, "rounds": rounds, "keep": keep, "samples": samples}
     for name, value in counts.items():
-        least = 0 if name == "samples" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InputError(f"expected {name}, a whole number of at least {least}, got {value!r}")
+        check_whole(name, value, 0 if name == "samples" else 1)
     if not isinstance(task, ClassificationTask):
         raise InputError(f"expected a task whose labels are words to bridge to, got {type(task).__name__}")
     if training.eval_strategy not in (None, "no"):

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
 
+from ptengine.checks import check_whole
 from ptengine.data import check_columns, load_rows, named_rows
 from ptengine.data.cells import described, is_null, label_name, place, text_value
 from ptengine.data.sources import name_of
@@ -63,13 +64,11 @@ class Cleaning:
             if getattr(self, name) not in allowed:
                 raise InputError(f"expected {name}, one of {', '.join(allowed)}, got {getattr(self, name)!r}")
         for name in ("max_characters", "per_label"):
-            value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise InputError(f"expected {name}, None or a whole number of at least 1, got {value!r}")
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
         if self.too_long == "cut" and self.max_characters is None:
             raise InputError("expected max_characters with too_long='cut', got None")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise InputError(f"expected seed, a whole number of at least 0, got {self.seed!r}")
+        check_whole("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)

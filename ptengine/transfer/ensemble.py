@@ -16,6 +16,7 @@ from ptengine.backbone import backbone_spec
 from ptengine.backbone.lowering import LoweredPrompt, TextDependentTokens, VirtualTokens
 from ptengine.backbone.modes import lowered_as_used
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.checks import check_flags, check_whole
 from ptengine.data import (
     BoundVerbalizer,
     EncodedRow,
@@ -32,15 +33,7 @@ from ptengine.training import EvalResult
 from ptengine.training.freezing import frozen
 from ptengine.training.objective import make_objective
 from ptengine.training.objective_base import class_result, perplexity
-from ptengine.training.preparation import (
-    DataSource,
-    check_flags,
-    check_own_head,
-    check_places,
-    check_prompt,
-    encode,
-    room_for_text,
-)
+from ptengine.training.preparation import DataSource, check_own_head, check_places, check_prompt, encode, room_for_text
 from ptengine.transfer.arithmetic import normalized_weights
 from ptengine.transfer.word_scores import (
     WordTask,
@@ -206,8 +199,7 @@ def _checked(
         raise InputError(f"expected a task of labels or of texts to write for an ensemble, got {type(task).__name__}")
     if not prompts:
         raise InputError("expected at least one prompt for an ensemble, got none")
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError(f"expected batch_size to be an integer of at least 1, got {batch_size!r}")
+    check_whole("batch_size", batch_size)
     check_flags(truncation=truncation, bf16=bf16)
     for prompt in prompts:
         if prompt is None:

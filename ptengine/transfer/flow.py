@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.data import LabelledTask, VerbalizedTask, text_columns
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError, TrainingDiverged
@@ -91,10 +92,8 @@ class FlowSettings:
     def __post_init__(self) -> None:
         for name in ("num_virtual_tokens", "shots", "test_rows", "source_steps"):
             value = getattr(self, name)
-            optional = name in ("shots", "test_rows")
-            if (value is None and optional) or (isinstance(value, int) and not isinstance(value, bool) and value >= 1):
-                continue
-            raise InputError(f"expected {name}, a whole number of at least 1, got {value!r}")
+            if value is not None or name not in ("shots", "test_rows"):
+                check_whole(name, value)
 
 
 @dataclass(frozen=True)

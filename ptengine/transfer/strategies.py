@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptengine.checks import check_flags, check_whole
 from ptengine.errors import InputError
 from ptengine.transfer.augmentation import Augmentation
 from ptengine.transfer.domains import DOMAIN_MEASURES
@@ -50,12 +51,11 @@ class Initialize:
     def __post_init__(self) -> None:
         _choice("combine", self.combine, COMBINATIONS)
         _choice("measure", self.measure, ("shot_loss", *DOMAIN_MEASURES, *PROMPT_MEASURES))
-        _whole("top_k", self.top_k, 1)
+        check_whole("top_k", self.top_k, 1)
         if self.combine == "best" and self.top_k != 1:
             raise InputError(f"expected top_k=1 with combine='best', got {self.top_k}")
         _number("scale", self.scale, 0)
-        if not isinstance(self.fresh, bool):
-            raise InputError(f"expected fresh, True or False, got {self.fresh!r}")
+        check_flags(fresh=self.fresh)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Guard:
     scratch_init: str = "random"
 
     def __post_init__(self) -> None:
-        _whole("folds", self.folds, 2)
+        check_whole("folds", self.folds, 2)
         _number("min_gain", self.min_gain, 0)
         if not isinstance(self.scratch_rates, tuple) or not self.scratch_rates:
             raise InputError(f"expected scratch_rates, a tuple of numbers above 0, got {self.scratch_rates!r}")
@@ -230,11 +230,6 @@ def rate_name(rate: float) -> str:
 def _choice(name: str, value: Any, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"expected {name}, one of {', '.join(allowed)}, got {value!r}")
-
-
-def _whole(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise InputError(f"expected {name}, a whole number of at least {low}, got {value!r}")
 
 
 def _number(name: str, value: Any, low: float, high: float = math.inf) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.checks import check_whole
 from ptengine.data import Template
 from ptengine.data.metrics import IDEOGRAPHS
 from ptengine.errors import InputError
@@ -84,7 +85,8 @@ def domain_terms(
         InputError: no texts on a side, an unknown measure, a number below 1, no word that is frequent enough, or only
             one word in all texts.
     """
-    _check_counts(top_k=top_k, min_count=min_count)
+    check_whole("top_k", top_k)
+    check_whole("min_count", min_count)
     if measure not in ("log_odds", "tfidf"):
         raise InputError(f"expected measure, one of log_odds, tfidf, got {measure!r}")
     if not target or not background:
@@ -136,7 +138,8 @@ def attention_words(
         InputError: as `domain_terms` and `attention_received`; a tokenizer without character offsets.
         UnsupportedModelError: as `attention_received`.
     """
-    _check_counts(top_k=top_k, min_count=min_count, max_tokens=max_tokens)
+    for name, value in (("top_k", top_k), ("min_count", min_count), ("max_tokens", max_tokens)):
+        check_whole(name, value)
     if not 0 <= diversity < 1:
         raise InputError(f"expected diversity, a number in [0, 1), got {diversity!r}")
     if not target or not background:
@@ -291,9 +294,3 @@ def in_text(word: str) -> str:
 
 def _is_run(text: str) -> bool:
     return re.fullmatch(rf"[{CJK}]+", text) is not None
-
-
-def _check_counts(**counts: int) -> None:
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InputError(f"expected {name}, a whole number of at least 1, got {value!r}")

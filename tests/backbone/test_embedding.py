@@ -94,7 +94,7 @@ def test_bad_inputs() -> None:
         ptengine.embed(model, None, TEXTS, tokens, max_length=4)
     with pytest.raises(InputError, match="max_length of at most 61"):
         ptengine.embed(model, virtual(3), TEXTS, tokens, max_length=64)
-    with pytest.raises(InputError, match="batch_size as a whole number"):
+    with pytest.raises(InputError, match="batch_size, a whole number"):
         ptengine.embed(model, None, TEXTS, tokens, batch_size=0)
     with pytest.raises(InputError, match="expected an encoder, got LlamaForCausalLM"):
         ptengine.embed(make("llama"), None, TEXTS, tokens)

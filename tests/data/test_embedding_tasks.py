@@ -46,8 +46,8 @@ def test_bad_inputs(bert: Any) -> None:
         ({"positive_label": "match"}, "both or neither"),
         ({"label_column": "text", "positive_label": "x"}, "columns apart"),
         ({"text_pair_column": "text"}, "columns apart"),
-        ({"temperature": 0}, "temperature as a number above 0"),
-        ({"temperature": float("nan")}, "temperature as a number above 0"),
+        ({"temperature": 0}, "temperature, a number above 0"),
+        ({"temperature": float("nan")}, "temperature, a number above 0"),
     ):
         with pytest.raises(InputError, match=message):
             EmbeddingTask(**options)  # type: ignore[arg-type]

@@ -123,7 +123,7 @@ def test_bad_inputs(bert: Any) -> None:
     refused(r"row 0 .*more than stride=3 tokens .*got 0 of the 5", data("Bob"), max_tokens=5)
     with pytest.raises(InputError, match="columns apart"):
         QuestionAnsweringTask("a", "a")
-    with pytest.raises(InputError, match="stride as a whole number of at least 0"):
+    with pytest.raises(InputError, match="stride, a whole number of at least 0"):
         QuestionAnsweringTask(stride=-1)
     with pytest.raises(InputError, match=r"references, row 0 .*list of texts"):
         answer_metrics(["a"], ["abc"])

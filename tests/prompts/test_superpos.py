@@ -43,7 +43,7 @@ def test_the_words_are_trained_on_demand(gpt2):
 BAD = {
     "no words": ({"num_sampled_tokens": 0}, "num_sampled_tokens, a whole number of at least 1, got 0"),
     "more words than there are": ({"num_sampled_tokens": 62}, "at most 61, the vocabulary, got 62"),
-    "training by name": ({"train_embeddings": "yes"}, "train_embeddings as True or False, got 'yes'"),
+    "training by name": ({"train_embeddings": "yes"}, "train_embeddings, True or False, got 'yes'"),
 }
 
 

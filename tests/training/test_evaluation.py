@@ -210,11 +210,11 @@ def test_too_many_new_tokens_were_refused_as_a_text_of_less_than_none(tiny: Modu
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 0}, "expected max_length to be None or .* at least 1, got 0"),  # meant no limit
-        ({"max_length": -3}, "expected max_length .*, got -3"),  # was called max_tokens
-        ({"max_length": "8"}, "expected max_length .*, got '8'"),  # a TypeError
-        ({"truncation": "no"}, "expected truncation to be True or False, got 'no'"),  # counted as True
-        ({"bf16": "no"}, "expected bf16 to be True or False, got 'no'"),  # torch's TypeError
+        ({"max_length": 0}, "expected max_length, .* at least 1, got 0"),  # meant no limit
+        ({"max_length": -3}, "expected max_length, .* got -3"),  # was called max_tokens
+        ({"max_length": "8"}, "expected max_length, .* got '8'"),  # a TypeError
+        ({"truncation": "no"}, "expected truncation, True or False, got 'no'"),  # counted as True
+        ({"bf16": "no"}, "expected bf16, True or False, got 'no'"),  # torch's TypeError
     ],
 )
 def test_settings_that_a_training_run_refuses_were_taken(

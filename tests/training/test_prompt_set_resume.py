@@ -228,6 +228,6 @@ def test_members_that_cannot_share_a_batch_are_refused(tiny: ModuleType, tmp_pat
         with pytest.raises(InputError, match=message):
             PromptSet(members, tmp_path / "set")
     for limit in (0, True, 1.5):
-        with pytest.raises(InputError, match="expected max_tokens_per_batch to be None or an integer"):
+        with pytest.raises(InputError, match="expected max_tokens_per_batch, a whole number"):
             PromptSet([one], tmp_path / "set", max_tokens_per_batch=limit)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())

@@ -126,8 +126,8 @@ def test_the_data_are_encoded_once(tiny: ModuleType, tmp_path: Path, monkeypatch
         (r"expected seeds, one or more different values, got \[\]", {}, {"seeds": []}),
         (r"expected seeds, one or more different values, got \[1, 1\]", {}, {"seeds": [1, 1]}),
         (r"expected learning_rates, .*got \[0\.1, 0\.1\]", {}, {"learning_rates": [0.1, 0.1]}),
-        ("expected learning_rate to be None or a number above 0, got -1", {}, {"learning_rates": [0.1, -1]}),
-        ("expected seed to be an integer of at least 0, got 0.5", {}, {"seeds": [0.5]}),
+        ("expected learning_rate, None or a number above 0, got -1", {}, {"learning_rates": [0.1, -1]}),
+        ("expected seed, a whole number from 0 to 4294967295, got 0.5", {}, {"seeds": [0.5]}),
         ("by which a sweep compares", {"eval_strategy": "no", "eval_steps": None, "metric_for_best_model": None}, {}),
         ("train: expected at least one row", {}, {"train": []}),
         # Only the first was looked at, and None was let through.
@@ -136,7 +136,7 @@ def test_the_data_are_encoded_once(tiny: ModuleType, tmp_path: Path, monkeypatch
             {},
             {"seeds": [1, 2], "make_prompt": lambda seed: None},
         ),
-        ("expected max_tokens_per_batch to be None or", {}, {"max_tokens_per_batch": 0}),
+        ("expected max_tokens_per_batch, a whole number", {}, {"max_tokens_per_batch": 0}),
     ],
 )
 def test_bad_input_is_one_error_before_anything_is_written(

@@ -215,8 +215,8 @@ def test_two_runs_in_one_folder_are_refused(tiny: ModuleType, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("message", "options"),
     [
-        ("expected batch_size to be an integer of at least 1, got 0", {"batch_size": 0}),
-        ("expected max_new_tokens to be an integer of at least 1, got True", {"max_new_tokens": True}),
+        ("expected batch_size, a whole number of at least 1, got 0", {"batch_size": 0}),
+        ("expected max_new_tokens, a whole number of at least 1, got True", {"max_new_tokens": True}),
         ("expected a GenerationTask with generate=True, got ClassificationTask", {"generate": True}),
         ("expected max_length of at most 48", {"max_length": 49}),
     ],
