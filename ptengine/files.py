@@ -22,6 +22,7 @@ from torch import Tensor
 from ptengine.errors import InputError
 
 __all__ = [
+    "TEMPORARY_PREFIX",
     "json_bytes",
     "make_directory",
     "safetensors_bytes",

@@ -20,9 +20,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ptengine.backbone.attention import KEYWORD, PrefixContext, per_row
 from ptengine.backbone.patching import no_mask
-from ptengine.backbone.proof import first_line
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.backbone.step_recording import CAPTURING
+from ptengine.backbone.trial import first_line
 from ptengine.kernels.dispatch import resolve_backend
 
 __all__ = ["DecodingCache", "decoder", "decodes"]

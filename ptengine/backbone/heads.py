@@ -21,6 +21,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from ptengine.errors import UnsupportedModelError
 
 __all__ = [
+    "Pooling",
     "PreparedForward",
     "TappedHead",
     "answering",

@@ -32,7 +32,7 @@ from ptengine.backbone.spec import STATE, BackboneSpec, config_spec, is_proven
 from ptengine.backbone.trial import StockRows, first_line, refuse, stock_rows
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["PATCHING", "is_patched", "patch", "patched", "require_patched", "unpatch"]
+__all__ = ["PATCHING", "cache_off", "is_patched", "no_mask", "patch", "patched", "require_patched", "unpatch"]
 
 _STATE = STATE
 _PREPARE = "prepare_inputs_for_generation"

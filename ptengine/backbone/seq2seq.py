@@ -23,7 +23,7 @@ from ptengine.backbone.step import PackedLoss, Prompts
 from ptengine.backbone.vocabulary import LabelHidden, label_cross_entropy, vocabulary_logits
 from ptengine.errors import InputError, UnsupportedModelError
 
-__all__ = ["seq2seq_hidden", "seq2seq_log_probs", "seq2seq_logits", "seq2seq_loss", "seq2seq_losses"]
+__all__ = ["seq2seq_hidden", "seq2seq_log_probs", "seq2seq_logits", "seq2seq_loss", "seq2seq_losses", "shifted"]
 
 
 def seq2seq_loss(

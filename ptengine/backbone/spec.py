@@ -22,12 +22,12 @@ from transformers.models.auto.modeling_auto import (
 from ptengine.backbone import families
 from ptengine.errors import UnsupportedModelError
 
-__all__ = ["SUPPORTED_MODEL_TYPES", "BackboneSpec", "backbone_spec", "config_spec", "is_proven", "kind_of"]
+__all__ = ["STATE", "BackboneSpec", "backbone_spec", "config_spec", "is_proven", "kind_of"]
 
 STATE = "_ptengine_state"  # attribute of a patched model, which has its facts
 
 # Families proven by tests: patching them compares nothing. Others are compared with the stock computation once.
-SUPPORTED_MODEL_TYPES: dict[str, Literal["causal", "encoder"]] = {
+_PROVEN: dict[str, Literal["causal", "encoder"]] = {
     "gpt2": "causal",
     "llama": "causal",
     "qwen3": "causal",
@@ -117,7 +117,7 @@ def is_proven(config: Any) -> bool:
 
 
 def _is_known(config: Any) -> bool:
-    kind = SUPPORTED_MODEL_TYPES.get(config.model_type)
+    kind = _PROVEN.get(config.model_type)
     return kind is not None and not (kind == "encoder" and getattr(config, "is_decoder", False))
 
 
@@ -200,7 +200,7 @@ def config_spec(model: Any) -> BackboneSpec:
     num_heads = num_heads or 1  # of models without attention, which run in the row
     return BackboneSpec(
         model_type=model_type,
-        kind="seq2seq" if seq2seq else SUPPORTED_MODEL_TYPES[model_type] if proven else "causal",
+        kind="seq2seq" if seq2seq else _PROVEN[model_type] if proven else "causal",
         hidden_size=config.hidden_size if proven else embeddings.embedding_dim,
         num_layers=num_layers,
         num_heads=num_heads,

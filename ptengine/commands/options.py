@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ptengine.data import Template, VerbalizedTask, Verbalizer
 
 __all__ = [
+    "DTYPES",
     "absolute",
     "add_config_arguments",
     "add_model_arguments",
@@ -62,7 +63,7 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 def seed(text: str) -> int:
     """An argparse type: a seed, in the range of `TrainingConfig.seed`."""
-    from ptengine.training.config import MOST_SEED
+    from ptengine.configuration import MOST_SEED
 
     return whole(0, MOST_SEED)(text)
 
@@ -202,7 +203,7 @@ def add_model_arguments(
 
 def add_config_arguments(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ("output_dir",)) -> None:
     """One option for every field of `TrainingConfig`; those not given keep the field's own default."""
-    from ptengine.training.config import TrainingConfig
+    from ptengine.configuration import TrainingConfig
 
     group = parser.add_argument_group("training")
     hints, texts = typing.get_type_hints(TrainingConfig), _attribute_texts(TrainingConfig.__doc__ or "")
@@ -224,7 +225,7 @@ def add_config_arguments(parser: argparse.ArgumentParser, leave_out: Sequence[st
 
 def config_options(args: argparse.Namespace) -> dict[str, Any]:
     """The fields of `TrainingConfig` that were given."""
-    from ptengine.training.config import TrainingConfig
+    from ptengine.configuration import TrainingConfig
 
     given = vars(args)
     return {field.name: given[field.name] for field in fields(TrainingConfig) if field.name in given}

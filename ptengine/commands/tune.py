@@ -35,9 +35,8 @@ EXAMPLE = r"""  ptengine tune --train train.jsonl --eval validation.jsonl --test
   ptengine eval --prompt out --data test.jsonl
   ptengine tune ... --seeds 1,2,3 --learning-rates 0.03,0.1,0.3 --output sweep   # nine runs at once"""
 
-METHODS = {
-    "soft": "soft_prompt",
-    "prefix": "prefix",
+_PLAIN = {"soft": "soft_prompt", "prefix": "prefix", "cartridge": "cartridge", "llama-adapter": "llama_adapter"}
+_COMPUTED = {
     "p-tuning": "p_tuning",
     "residual": "residual_prompt",
     "superpos": "superpos_prompt",
@@ -45,12 +44,10 @@ METHODS = {
     "multitask": "multitask_prompt",
     "cpt": "context_prompt",
     "dept": "decomposed_prompt",
-    "llama-adapter": "llama_adapter",
-    "lopa": "lopa_prompt",
-    "smop": "mixture_prompt",
-    "attempt": "attempt_prompt",
-    "cartridge": "cartridge",
 }
+_OF_THE_TEXT = {"lopa": "lopa_prompt", "smop": "mixture_prompt", "attempt": "attempt_prompt"}
+# Names as papers have them to those of the registry, which would have to import torch for `--help`.
+METHODS = _PLAIN | _COMPUTED | _OF_THE_TEXT
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", type=choice(*METHODS), default="soft", metavar="NAME",
         help="soft: virtual tokens before the text; prefix: keys and values in every layer; cartridge: those of a "
         "text; llama-adapter: gated tokens beside the text in the upper layers; virtual tokens computed from other "
-        f"parameters: {', '.join(list(METHODS)[2:-5])}; from these and each row's text: lopa, smop, attempt "
+        f"parameters: {', '.join(_COMPUTED)}; from these and each row's text: {', '.join(_OF_THE_TEXT)} "
         "(default: soft)",
     )  # fmt: skip
     prompt.add_argument("--num-virtual-tokens", type=whole(1), metavar="N", help="length of the prompt (default: 20)")

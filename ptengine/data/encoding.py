@@ -31,6 +31,7 @@ __all__ = [
     "closed_targets",
     "encode_texts",
     "plain_columns",
+    "special_tokens",
     "token_lists",
     "too_long",
 ]

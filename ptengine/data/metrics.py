@@ -16,7 +16,14 @@ from typing import Any
 from ptengine.data.cells import described, place
 from ptengine.errors import InputError
 
-__all__ = ["answer_metrics", "check_bleu_tokenizer", "classification_metrics", "entity_metrics", "generation_metrics"]
+__all__ = [
+    "IDEOGRAPHS",
+    "answer_metrics",
+    "check_bleu_tokenizer",
+    "classification_metrics",
+    "entity_metrics",
+    "generation_metrics",
+]
 
 IDEOGRAPHS = (
     "\u2e80-\u2fff\u3005-\u3007\u3021-\u302f\u3031-\u303c\u3041-\u309f\u30a1-\u30fa\u30fc-\u9fff\uf900-\ufaff"

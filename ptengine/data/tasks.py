@@ -47,6 +47,8 @@ __all__ = [
     "row_labels",
     "text_columns",
     "trains_head",
+    "with_every_word",
+    "with_target",
 ]
 
 

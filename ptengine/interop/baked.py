@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from ptengine.backbone import label_hidden, pack_rows, patched
 from ptengine.backbone.modes import eval_mode
-from ptengine.backbone.proof import tolerance
 from ptengine.backbone.spec import BackboneSpec
+from ptengine.backbone.trial import tolerance
 from ptengine.backbone.vocabulary import vocabulary_logits
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.files import staged_directory, write_json_atomic

@@ -19,7 +19,7 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
 from ptengine.prompts.registry import prompt_class, register
 
-__all__ = ["HeadedPrompt", "without_head"]
+__all__ = ["HEAD_PREFIX", "HeadedPrompt", "without_head"]
 
 HEAD_PREFIX = "head."
 """What the names of the head's parameters begin with; they learn at `TrainingConfig.head_learning_rate`."""

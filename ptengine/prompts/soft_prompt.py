@@ -29,7 +29,7 @@ from ptengine.prompts.initialization import (
 from ptengine.prompts.io import load_prompt
 from ptengine.prompts.registry import register
 
-__all__ = ["SoftPrompt"]
+__all__ = ["SoftPrompt", "checked_config"]
 
 INITS = ("random", "sampled_vocab", "text", "class_labels", "array", "prompt")
 

@@ -1,6 +1,6 @@
 """Training: one prompt or many at once against a frozen backbone, resumable exactly, and the evaluation of prompts."""
 
-from ptengine.training.config import TrainingConfig
+from ptengine.configuration import TrainingConfig
 from ptengine.training.context_distillation import context_distillation_loss, text_prefix
 from ptengine.training.evaluation import evaluate, load_head
 from ptengine.training.importance import Importance, prompt_importance

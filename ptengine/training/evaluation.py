@@ -17,12 +17,12 @@ from ptengine.backbone.generation import generate_in_batches
 from ptengine.backbone.modes import eval_mode
 from ptengine.backbone.spec import backbone_spec
 from ptengine.checks import check_flags, check_whole
+from ptengine.configuration import TrainingConfig
 from ptengine.data import EncodedRow, GenerationTask, Task, generation_metrics
 from ptengine.data.metrics import check_bleu_tokenizer
 from ptengine.data.sources import name_of
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
-from ptengine.training.config import TrainingConfig
 from ptengine.training.freezing import frozen, head_parameters
 from ptengine.training.objective import EvalResult, make_objective
 from ptengine.training.preparation import (

@@ -16,7 +16,7 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training.objective_base import BaseObjective, lower
 
-__all__ = ["HeadObjective", "own_head"]
+__all__ = ["Head", "HeadObjective", "own_head"]
 
 Head = Mapping[str, nn.Parameter] | None
 

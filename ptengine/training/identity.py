@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.quantized import stored_parts
+from ptengine.configuration import TrainingConfig
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
-from ptengine.training.config import TrainingConfig
 
 __all__ = ["FREE_SETTINGS", "environment", "fingerprint_model", "fingerprint_rows", "require_same_run", "run_identity"]
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from ptengine.configuration import TrainingConfig
 from ptengine.errors import InputError
-from ptengine.training.config import TrainingConfig
 
 __all__ = [
     "load_optimizer_state",

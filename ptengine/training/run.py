@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from ptengine.backbone.lowering import LoweredPrompt
+from ptengine.configuration import TrainingConfig
 from ptengine.data import EncodedRow, ShuffledBatches
 from ptengine.errors import TrainingDiverged
 from ptengine.files import save_safetensors_atomic, write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.headed import HEAD_PREFIX, HeadedPrompt
-from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import write_folder
 from ptengine.training.head_objective import HeadObjective, own_head
 from ptengine.training.interruption import Interruption

@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
+from ptengine.configuration import TrainingConfig
 from ptengine.data import Task
 from ptengine.errors import InputError
 from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
-from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import copy_folder
 from ptengine.training.preparation import DataSource, check_prompt, encode, room_for_text
 from ptengine.training.prompt_set import PromptSet, PromptSetResult
 from ptengine.training.resumption import Resume
 from ptengine.training.trainer import Trainer, TrainingResult
 
-__all__ = ["RateSummary", "SweepResult", "SweepRun", "sweep"]
+__all__ = ["RateSummary", "SweepResult", "SweepRun", "describe", "sweep"]
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ import torch
 
 from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import backbone_spec
+from ptengine.configuration import TrainingConfig
 from ptengine.data import ClassificationTask, EncodedRow, Task
 from ptengine.data.collation import batch_starts
 from ptengine.data.sources import name_of
@@ -31,7 +32,6 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.headed import HeadedPrompt
 from ptengine.training.checkpoints import Checkpoint, checkpoint_steps
 from ptengine.training.conditions import training_conditions
-from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import clean_leftovers, exclusive
 from ptengine.training.freezing import head_parameters
 from ptengine.training.identity import environment, fingerprint_model, fingerprint_rows, run_identity

@@ -44,7 +44,7 @@ from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_t
 from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity, require_finite, shot_metrics
 
-__all__ = ["BankEntry", "Match", "PromptBank", "Search", "check_name"]
+__all__ = ["BankEntry", "Match", "PromptBank", "Search", "check_name", "weights_sha256"]
 
 CARD_NAME = "card.json"
 INITIAL_NAME = "initial"

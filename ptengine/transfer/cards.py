@@ -22,7 +22,7 @@ from ptengine.prompts.facts import BackboneFacts
 from ptengine.training.preparation import DataSource
 from ptengine.transfer.identity import BackboneIdentity
 
-__all__ = ["CARD_VERSION", "DataFacts", "PromptCard", "data_facts"]
+__all__ = ["CARD_VERSION", "DataFacts", "PromptCard", "checked_metrics", "data_facts"]
 
 CARD_VERSION = 1
 

@@ -49,7 +49,7 @@ from ptengine.transfer.self_training import unlabelled_rows
 from ptengine.transfer.similarity import require_finite
 from ptengine.transfer.strategies import Guard, Strategy
 
-__all__ = ["FlowResult", "FlowSettings", "run_flow"]
+__all__ = ["CONTROL", "CURVE_ROWS", "FlowResult", "FlowSettings", "described", "run_flow"]
 
 CONTROL = "shuffled source"
 FROZEN = "frozen model"

@@ -17,7 +17,7 @@ from ptengine.training import EvalResult
 from ptengine.transfer.measures import Interval, paired_interval
 from ptengine.transfer.strategies import Guard
 
-__all__ = ["SCRATCH", "SOURCE", "TRANSFERRED", "Decision", "Guess", "HeldOut", "decide", "folds"]
+__all__ = ["SCRATCH", "SOURCE", "TRANSFERRED", "Decision", "Guess", "HeldOut", "decide", "folds", "pooled"]
 
 SCRATCH, SOURCE, TRANSFERRED = "scratch", "source", "transferred"
 _FOREIGN_ERRORS = 2.0

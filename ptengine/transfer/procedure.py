@@ -39,7 +39,7 @@ from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity
 from ptengine.transfer.strategies import Guard, Initialize, Strategy, rate_name
 from ptengine.transfer.word_scores import bound_words
 
-__all__ = ["Procedure", "Rows", "Trained", "require_comparable", "scratch_rate"]
+__all__ = ["Procedure", "Rows", "Trained", "require_comparable", "scratch_rate", "stage"]
 
 Rows = list[dict[str, Any]]
 

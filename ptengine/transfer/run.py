@@ -34,7 +34,7 @@ from ptengine.transfer.procedure import Procedure, Rows, scratch_rate
 from ptengine.transfer.self_training import Taught, unlabelled_rows
 from ptengine.transfer.strategies import Guard, Strategy
 
-__all__ = ["TransferResult", "transfer"]
+__all__ = ["TransferResult", "require_same_plan", "transfer"]
 
 
 @dataclass(frozen=True)

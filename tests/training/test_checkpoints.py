@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from ptengine.configuration import TrainingConfig
 from ptengine.errors import InputError
 from ptengine.training.checkpoints import (
     checkpoint_steps,
@@ -19,7 +20,6 @@ from ptengine.training.checkpoints import (
     read_checkpoint,
     write_checkpoint,
 )
-from ptengine.training.config import TrainingConfig
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
 from ptengine.training.optimization import (
     load_optimizer_state,

@@ -1,7 +1,8 @@
 """What a training run is told: one dataclass, with the field names users know from transformers.
 
 Every field is checked when the object is made, so a run never starts on a bad value. Knows nothing of models, prompts
-or data; what depends on them is checked by the trainer.
+or data; what depends on them is checked by the trainer. Outside `ptengine.training`, which imports torch, so that the
+command line can make its options of the fields at once.
 """
 
 from __future__ import annotations
