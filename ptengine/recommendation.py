@@ -16,8 +16,8 @@ from ptengine.data import GenerationTask, Task, VerbalizedTask
 from ptengine.data.tasks import placed_virtual_tokens
 from ptengine.errors import InputError
 from ptengine.prompts.facts import backbone_facts
+from ptengine.prompts.initialization import RATE
 from ptengine.prompts.prefix import flat_rate
-from ptengine.prompts.reparametrized import RATE
 
 __all__ = ["Reason", "Recommendation", "recommend"]
 

@@ -13,9 +13,9 @@ from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.checks import check_number
 from ptengine.errors import InputError
 from ptengine.prompts.facts import BackboneFacts, backbone_facts, embedding_scale
-from ptengine.prompts.initialization import check_count
+from ptengine.prompts.initialization import RATE, check_count
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import RATE, Reparametrized
+from ptengine.prompts.reparametrized import Reparametrized
 
 __all__ = ["ContextPrompt"]
 

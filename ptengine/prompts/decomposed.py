@@ -17,9 +17,9 @@ from ptengine.checks import check_number, check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
-from ptengine.prompts.initialization import Initial, generator_from
+from ptengine.prompts.initialization import RATE, Initial, generator_from, is_trained
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import RATE, Reparametrized
+from ptengine.prompts.reparametrized import Reparametrized
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["DecomposedPrompt"]
@@ -102,7 +102,7 @@ class DecomposedPrompt(Reparametrized):
         with torch.no_grad():
             self.embeds.copy_(start.embeds)
             nn.init.uniform_(self.left, -1 / math.sqrt(rank), 1 / math.sqrt(rank), generator=generator_from(seed))
-        self._finish(spec, transferred=init in ("array", "prompt"), rate=RATE * self.facts.embedding_std)
+        self._finish(spec, transferred=is_trained(init), rate=RATE * self.facts.embedding_std)
 
     @classmethod
     def check_settings(cls, facts: BackboneFacts, settings: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from ptengine.backbone.spec import backbone_spec
 from ptengine.checks import check_whole
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
-from ptengine.prompts.initialization import Initial, generator_from
+from ptengine.prompts.initialization import Initial, generator_from, is_trained
 from ptengine.prompts.registry import register
 from ptengine.prompts.reparametrized import fold_rows
 from ptengine.prompts.soft_prompt import SoftPrompt
@@ -80,7 +80,7 @@ class MixturePrompt(TextDependentPrompt):
     ) -> None:
         generator = generator_from(seed)
         check_whole("num_experts", num_experts)
-        if num_virtual_tokens is None and init not in ("array", "prompt"):
+        if num_virtual_tokens is None and not is_trained(init):
             num_virtual_tokens = NUM_VIRTUAL_TOKENS
         starts = [
             SoftPrompt(

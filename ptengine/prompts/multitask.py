@@ -15,9 +15,9 @@ from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
-from ptengine.prompts.initialization import Initial, generator_from
+from ptengine.prompts.initialization import RATE, Initial, generator_from, is_trained
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import RATE, Reparametrized, fold_rows
+from ptengine.prompts.reparametrized import Reparametrized, fold_rows
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["MultitaskPrompt"]
@@ -99,7 +99,7 @@ class MultitaskPrompt(Reparametrized):
                 for vectors in (self.columns, self.rows):
                     vectors.copy_(torch.randn(vectors.shape, generator=generator) * _VECTOR_STD)
         rate = RATE * self.facts.embedding_std
-        self._finish(backbone_spec(model), transferred=init in ("array", "prompt"), rate=rate)
+        self._finish(backbone_spec(model), transferred=is_trained(init), rate=rate)
 
     @classmethod
     def check_settings(cls, facts: BackboneFacts, settings: Mapping[str, Any]) -> None:

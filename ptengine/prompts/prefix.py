@@ -26,6 +26,8 @@ from ptengine.prompts.initialization import (
     check_count,
     check_init,
     generator_from,
+    is_trained,
+    rate_factor,
     read_array,
     refuse_unused,
     text_ids,
@@ -127,7 +129,7 @@ class Prefix(Prompt):
         check_whole("projection_size", size)
         generator = generator_from(seed)
 
-        if init in ("array", "prompt"):
+        if is_trained(init):
             given = _given_blocks(model, spec, array if init == "array" else prompt, init)  # [2, L, P, H_kv, D]
             count = given.shape[2]
             if num_virtual_tokens not in (None, count):
@@ -204,8 +206,7 @@ class Prefix(Prompt):
         """
         if self.projection:
             return 1e-3
-        rate = flat_rate(self.facts)
-        return rate / 4 if self.init in ("array", "prompt") else rate
+        return flat_rate(self.facts) * rate_factor(is_trained(self.init))
 
     def extra_repr(self) -> str:
         return (

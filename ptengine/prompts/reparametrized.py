@@ -19,19 +19,16 @@ from ptengine.checks import check_number, check_whole
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
+from ptengine.prompts.initialization import RATE, rate_factor
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = [
-    "RATE",
     "Parametrized",
     "Reparametrized",
     "fill_like_torch",
     "fold_rows",
     "relative_rate",
 ]
-
-# As SoftPrompt: a fraction of the embeddings' standard deviation, and a quarter of it from a trained start.
-RATE, _TRANSFERRED = 0.3, 0.25
 
 
 class Parametrized(Prompt):
@@ -100,9 +97,9 @@ class Parametrized(Prompt):
         Args:
             spec: the backbone.
             rate: from a start that is not trained.
-            transferred: whether the start is trained already, which wants a quarter of the rate.
+            transferred: whether the start is trained already, see `rate_factor`.
         """
-        self._rate = rate * (_TRANSFERRED if transferred else 1)
+        self._rate = rate * rate_factor(transferred)
         self.to(spec.word_embeddings.weight.device)
 
 

@@ -13,9 +13,9 @@ from ptengine.backbone.spec import backbone_spec
 from ptengine.checks import check_number, check_whole
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts
-from ptengine.prompts.initialization import Initial, generator_from
+from ptengine.prompts.initialization import RATE, Initial, generator_from, is_trained
 from ptengine.prompts.registry import register
-from ptengine.prompts.reparametrized import RATE, Reparametrized, fill_like_torch
+from ptengine.prompts.reparametrized import Reparametrized, fill_like_torch
 from ptengine.prompts.soft_prompt import SoftPrompt
 
 __all__ = ["ResidualPrompt"]
@@ -88,7 +88,7 @@ class ResidualPrompt(Reparametrized):
             self.embeds.copy_(start.embeds)
             self.norm.weight.fill_(layer_norm_init)
         rate = RATE * self.facts.embedding_std
-        self._finish(backbone_spec(model), transferred=init in ("array", "prompt"), rate=rate)
+        self._finish(backbone_spec(model), transferred=is_trained(init), rate=rate)
 
     def default_learning_rate(self) -> float:
         """That of a `SoftPrompt` for all parameters, as in the paper: 0.3 of the embeddings' standard deviation.

@@ -16,11 +16,14 @@ from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import BackboneFacts, backbone_facts, embedding_scale
 from ptengine.prompts.initialization import (
     DEFAULT_NUM_VIRTUAL_TOKENS,
+    RATE,
     Initial,
     check_count,
     check_init,
     generator_from,
+    is_trained,
     label_ids,
+    rate_factor,
     read_array,
     refuse_unused,
     sampled_vocabulary_ids,
@@ -34,10 +37,6 @@ __all__ = ["SoftPrompt", "checked_config"]
 INITS = ("random", "sampled_vocab", "text", "class_labels", "array", "prompt")
 
 _NEEDS = {"text": ("init_text", "tokenizer"), "class_labels": ("class_labels", "tokenizer")}
-
-# Fractions of the word embeddings' standard deviation that worked lie between 0.1 and 0.3; a start that is already
-# trained wants a quarter of it.
-_RATE, _TRANSFER_RATE = 0.3, 0.075
 
 
 @register("soft_prompt")
@@ -100,7 +99,7 @@ class SoftPrompt(Prompt):
         generator = generator_from(seed)
         words = spec.word_embeddings.weight.detach()  # [V, d]
 
-        if init in ("array", "prompt"):
+        if is_trained(init):
             rows = _given_rows(model, spec, array if init == "array" else prompt, init)  # [P, d]
             if num_virtual_tokens not in (None, len(rows)):
                 raise InputError(f"expected {init} of num_virtual_tokens={num_virtual_tokens} rows, got {len(rows)}")
@@ -152,7 +151,7 @@ class SoftPrompt(Prompt):
         An Adam step moves every element by about the learning rate, so what suits a model is a fraction of the scale
         its embeddings live on. Constant or slowly falling, with AdamW.
         """
-        return (_TRANSFER_RATE if self.init in ("array", "prompt") else _RATE) * self.facts.embedding_std
+        return RATE * rate_factor(is_trained(self.init)) * self.facts.embedding_std
 
     def extra_repr(self) -> str:
         return f"num_virtual_tokens={self.num_virtual_tokens}, hidden_size={self.facts.hidden_size}, init={self.init!r}"

@@ -17,7 +17,8 @@ from ptengine.backbone.lowering import TextDependentTokens
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.checks import check_number
 from ptengine.prompts.facts import BackboneFacts
-from ptengine.prompts.reparametrized import RATE, Parametrized
+from ptengine.prompts.initialization import RATE, is_trained
+from ptengine.prompts.reparametrized import Parametrized
 
 __all__ = ["TextDependentPrompt", "largest_elements", "mean_token"]
 
@@ -69,7 +70,7 @@ class TextDependentPrompt(Parametrized):
         return copy.deepcopy(self)
 
     def _finish(self, spec: BackboneSpec, init: str) -> None:
-        self._settle(spec, RATE * self.facts.embedding_std, transferred=init in ("array", "prompt"))
+        self._settle(spec, RATE * self.facts.embedding_std, transferred=is_trained(init))
 
 
 def mean_token(texts: Tensor, lengths: Tensor) -> Tensor:
