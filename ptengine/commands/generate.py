@@ -113,7 +113,7 @@ def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> 
     from ptengine.backbone import backbone_spec
     from ptengine.data import QuestionAnsweringTask, TokenClassificationTask, check_columns
     from ptengine.training import evaluate
-    from ptengine.training.preparation import encode, room_for_text
+    from ptengine.training.preparation import encode
 
     columns = _text_columns(session)
     task: Any = session.task
@@ -132,8 +132,9 @@ def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> 
         column, answers = task.label_column, [task.labels[0]] * len(dataset)
     rows = dataset.select_columns(list(columns)).add_column(column, answers)  # type: ignore[call-arg]
     spec = backbone_spec(session.model)
-    room = room_for_text(spec, session.prompt, None)
-    split = encode(task, rows, session.tokenizer, session.prompt, room, False, source, spec)
+    split = encode(
+        task, rows, session.tokenizer, session.prompt, spec, name=source, max_length=None, truncation=False
+    )  # fmt: skip
     return evaluate(session.model, session.prompt, task, split, session.tokenizer, batch_size=batch_size).predictions
 
 

@@ -157,11 +157,11 @@ def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: An
     """A defect of the test file must come to light before the training, not after it."""
     from ptengine.backbone import backbone_spec
     from ptengine.training.objective import make_objective
-    from ptengine.training.preparation import check_evaluation, encode, room_for_text
+    from ptengine.training.preparation import check_evaluation, encode
 
     spec = backbone_spec(model)
-    room = room_for_text(spec, prompt, config.max_length)
-    rows = encode(task, args.test, tokenizer, prompt, room, config.truncation, "test", spec).rows
+    limits: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
+    rows = encode(task, args.test, tokenizer, prompt, spec, name="test", **limits).rows
     objective = make_objective(task, model, spec, tokenizer, config.bf16)
     check_evaluation(objective, rows, config.per_device_eval_batch_size, args.test, "--per-device-eval-batch-size")
 

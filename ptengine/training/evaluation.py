@@ -97,8 +97,9 @@ def evaluate(
     check_places(task, prompt)
     check_head(task, prompt)
     objective = make_objective(task, model, spec, tokenizer, bf16)
-    room = room_for_text(spec, prompt, max_length)
-    rows = encode(task, data, tokenizer, prompt, room, truncation, "data", spec).rows
+    rows = encode(
+        task, data, tokenizer, prompt, spec, name="data", max_length=max_length, truncation=truncation
+    ).rows  # fmt: skip
     check_evaluation(objective, rows, batch_size, name_of(data, "data"), "batch_size")
     if generate:
         _check_room(rows, room_for_text(spec, prompt, None), max_new_tokens, task.backbone_kind == "seq2seq")

@@ -161,21 +161,23 @@ def encode(
     data: DataSource,
     tokenizer: Any,
     prompt: Prompt | None,
-    max_tokens: int,
-    truncation: bool,
-    name: str,
     spec: BackboneSpec,
+    *,
+    name: str,
+    max_length: int | None,
+    truncation: bool,
 ) -> EncodedSplit:
-    """Read and encode `data`; errors call it by its path, or by `name` where it has none.
+    """Read and encode `data` for the room beside `prompt`; errors call it by its path, or by `name` where it has none.
 
     Rows that were cut are counted in a warning. What is encoded already, by the same task and tokenizer, is taken as it
     is.
 
     Raises:
-        InputError: as `load_rows` and `Task.encode`; also a row whose target nothing stands before, unless `prompt` has
-            virtual tokens to predict it from; a token or segment id beyond those that the backbone embeds; and an
-            encoded row that is too long.
+        InputError: as `room_for_text`, `load_rows` and `Task.encode`; also a row whose target nothing stands before,
+            unless `prompt` has virtual tokens to predict it from; a token or segment id beyond those that the backbone
+            embeds; and an encoded row that is too long.
     """
+    max_tokens = room_for_text(spec, prompt, max_length)
     source_name = name_of(data, name)
     if isinstance(data, EncodedSplit):
         split = data

@@ -217,5 +217,7 @@ def _checked(
     if len(kinds) > 1:
         raise InputError(f"expected prompts of one kind for an ensemble, got {' and '.join(kinds)}")
     room = min(room_for_text(spec, prompt, max_length) for prompt in prompts)
-    rows = encode(task, data, tokenizer, prompts[0], room, truncation, "data", spec).rows
+    rows = encode(
+        task, data, tokenizer, prompts[0], spec, name="data", max_length=room, truncation=truncation
+    ).rows  # fmt: skip
     return _Work(model, spec, lowered, heads, task, bound_words(task, tokenizer), rows, batch_size, bf16)

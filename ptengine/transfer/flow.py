@@ -33,7 +33,7 @@ from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
-from ptengine.training.preparation import DataSource, encode, for_task, room_for_text
+from ptengine.training.preparation import DataSource, encode, for_task
 from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, check_name, weights_sha256
@@ -340,15 +340,13 @@ class _Work:
             texts[name] = 0 if spec.kind == "seq2seq" else len(rows) - _held_rows(name, rows)
             starts[name] = first
         require_comparable(self.settings.strategy, texts, starts, min(len(kept) for kept, _ in parts))
-        room = room_for_text(spec, fresh, self.training.max_length)
         named = [(self.task, "shots", data.shots), (self.task, "test", data.test)]
         if data.unlabelled is not None:
             named.append((self.task, "unlabelled", unlabelled_rows(self.task, data.unlabelled)))
         named += [(self.source_task, f"source {name}", rows) for name, rows in data.sources.items()]
-        cut = self.training.truncation
+        limits: dict[str, Any] = {"max_length": self.training.max_length, "truncation": self.training.truncation}
         for task, name, rows in named:
-            name = f"{name} after cleaning"
-            encode(task, rows, self.tokenizer, fresh, room, cut, name, spec)
+            encode(task, rows, self.tokenizer, fresh, spec, name=f"{name} after cleaning", **limits)
 
     def of_target(self, folder: Path) -> TrainingConfig:
         """The runs on the target, with curves."""

@@ -49,7 +49,7 @@ from ptengine.training import TrainingConfig
 from ptengine.training.freezing import frozen
 from ptengine.training.head_objective import own_head
 from ptengine.training.identity import fingerprint_rows
-from ptengine.training.preparation import DataSource, encode, room_for_text
+from ptengine.training.preparation import DataSource, encode
 from ptengine.transfer.augmentation import augment
 from ptengine.transfer.step_rows import StepRows
 from ptengine.transfer.strategies import SelfTrain
@@ -130,10 +130,10 @@ def teach(
         InputError: as `training.evaluate`.
     """
     spec, bound = backbone_spec(model), bound_words(task, tokenizer)
-    room = room_for_text(spec, teacher, config.max_length)
+    limits: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
 
     def encoded(some: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
-        return encode(task, some, tokenizer, teacher, room, config.truncation, "unlabelled", spec).rows
+        return encode(task, some, tokenizer, teacher, spec, name="unlabelled", **limits).rows
 
     asked = encoded(rows)
     words = 1 if bound is None or bound.single_token else len(bound.words)

@@ -216,7 +216,7 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: ModuleType, tmp_p
         ({"sources": {}}, "at least one source"),
         ({"sources": {"a": [{"review": "x", "label": "pos"}]}}, "'text'"),
         ({"target": [{"text": "fine", "label": "pos"}], "test": None}, "got neither"),
-        ({"settings": replace(SETTINGS, source_learning_rate=1e30)}, "learning_rate to be a number below 1e"),
+        ({"settings": replace(SETTINGS, source_learning_rate=1e30)}, "learning_rate, a number below 1e"),
     ):
         with pytest.raises(InputError, match=words):
             run(tiny, output, **more)
