@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     from ptengine.data import GenerationTask
-    from ptengine.data.tasks import trains_head
     from ptengine.training import evaluate
 
     target = None if args.predictions is None else Path(args.predictions).absolute()
@@ -55,7 +54,7 @@ def run(args: argparse.Namespace) -> Outcome:
         require(args, "--write-texts", "max_new_tokens")
     _check_ensemble(args)
     session = open_prompt(args)
-    if trains_head(session.task) and args.hard_prompt_only:
+    if session.task.trains_head and args.hard_prompt_only:
         raise InputError("expected a task with a template for --hard-prompt-only, got one with a trained head")
     if args.predictions is not None and session.task.kind in ("generation", "seq2seq") and not args.write_texts:
         raise InputError("expected --write-texts with --predictions for a generation task, got --predictions alone")

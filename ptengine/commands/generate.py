@@ -102,11 +102,10 @@ def _rows(args: argparse.Namespace, session: Session) -> Dataset:
 
 def _text_columns(session: Session) -> tuple[str, ...]:
     """The columns of a row that are there before its answer is known."""
-    from ptengine.data import text_columns
 
     if session.task.kind == "embedding":
         raise InputError("expected a task with an answer, got one of embeddings: ptengine.embed gives those in Python")
-    return text_columns(session.task)
+    return session.task.text_columns
 
 
 def _label(session: Session, dataset: Dataset, source: str, batch_size: int) -> list[str]:

@@ -16,7 +16,7 @@ import torch
 from ptengine.backbone import families
 from ptengine.backbone.embedding import UNREAD
 from ptengine.backbone.spec import kind_of
-from ptengine.data.tasks import Task, trains_head
+from ptengine.data.tasks import Task
 from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = [
@@ -112,22 +112,15 @@ def load_model(path: str | None, device: torch.device, dtype: str, task: Task | 
             f"{_OPTIONS[task.kind]} is for encoders"  # type: ignore[union-attr]
         )
     torch.manual_seed(seed)
-    known = None if task is None else _AUTO_CLASSES.get(task.kind)
+    known = None if task is None else task.auto_class
     auto = _with_lm_head(model_type) if known is None else getattr(transformers, known)
-    if task is None or not trains_head(task):
+    if task is None or not task.trains_head:
         return _load(auto, folder, device, dtype, unread=UNREAD if task and task.kind == "embedding" else None)
     labels = getattr(task, "labels", None)
     options: dict[str, Any] = {} if labels is None else {"num_labels": len(labels)}
     return _load(auto, folder, device, dtype, new_head=True, **options)
 
 
-_AUTO_CLASSES = {
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "masked_classification": "AutoModelForMaskedLM",
-    "embedding": "AutoModel",
-    "token_classification": "AutoModelForTokenClassification",
-    "question_answering": "AutoModelForQuestionAnswering",
-}
 _OPTIONS = {
     "sequence_classification": "--text-column",
     "masked_classification": "a template with a {mask}",

@@ -14,7 +14,6 @@ from ptengine.backbone.heads import task_head
 from ptengine.commands.options import DTYPES, read_json
 from ptengine.data import Task
 from ptengine.data.serialization import task_from_json, task_to_json
-from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError
 from ptengine.files import write_json_atomic
 from ptengine.training.identity import fingerprint_model
@@ -82,7 +81,7 @@ class Recipe:
 
 def model_fingerprint(model: Any, task: Task) -> str:
     """The fingerprint of the frozen part of `model`."""
-    skip = set(task_head(model)) if trains_head(task) else set()
+    skip = set(task_head(model)) if task.trains_head else set()
     if task.kind == "embedding":
         skip = {name for name, _ in model.named_parameters() if name.startswith(UNREAD)}
     return fingerprint_model(model, skip=skip)

@@ -82,14 +82,14 @@ def open_prompt(args: argparse.Namespace) -> Session:
 def load_with_head(folder: Path, model: Any, task: Task) -> Prompt:
     """The prompt in `folder`, for a task with a trained head a `HeadedPrompt`; the model's own head may change."""
     from ptengine.backbone.heads import task_head
-    from ptengine.data.tasks import head_labels, trains_head
+    from ptengine.data.tasks import head_labels
     from ptengine.prompts import HeadedPrompt, load_prompt
     from ptengine.training import load_head
     from ptengine.training.preparation import check_head
 
     prompt = load_prompt(folder, model)
     check_head(task, prompt)
-    if not trains_head(task) or isinstance(prompt, HeadedPrompt):
+    if not task.trains_head or isinstance(prompt, HeadedPrompt):
         return prompt
     load_head(folder, model)
     return HeadedPrompt(model, prompt, head_labels(task), head=task_head(model))

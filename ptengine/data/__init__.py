@@ -35,7 +35,6 @@ from ptengine.data.tasks import (
     SequenceClassificationTask,
     Task,
     VerbalizedTask,
-    text_columns,
 )
 from ptengine.data.templates import Template
 from ptengine.data.token_tasks import TokenClassificationTask
@@ -70,5 +69,4 @@ __all__ = [
     "generation_metrics",
     "load_rows",
     "named_rows",
-    "text_columns",
 ]

@@ -15,6 +15,7 @@ from ptengine.checks import check_number
 from ptengine.data.cells import described, label_name, place, text_value
 from ptengine.data.checks import check_column
 from ptengine.data.encoding import EncodedRow, EncodedSplit, check_max_tokens, plain_columns, too_long
+from ptengine.data.tasks import Task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ __all__ = ["EmbeddingTask"]
 
 
 @dataclass(frozen=True)
-class EmbeddingTask:
+class EmbeddingTask(Task):
     """A text finds its pair among the pairs of the other rows of a batch, by the cosine of their embeddings.
 
     The loss of row i is -log softmax_j(cos(a_i, b_j) / temperature) at j = i, over the texts b_j of all rows of the
@@ -48,6 +49,7 @@ class EmbeddingTask:
 
     kind: ClassVar[str] = "embedding"
     backbone_kind: ClassVar[str] = "encoder"
+    auto_class: ClassVar[str | None] = "AutoModel"
 
     def __post_init__(self) -> None:
         for name in ("text_column", "text_pair_column"):
@@ -69,8 +71,11 @@ class EmbeddingTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        label = () if self.label_column is None else (self.label_column,)
-        return (self.text_column, self.text_pair_column, *label)
+        return (*self.text_columns, *(() if self.label_column is None else (self.label_column,)))
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.text_column, self.text_pair_column)
 
     def encode(
         self,

@@ -50,6 +50,7 @@ class MaskedClassificationTask(VerbalizedTask):
 
     kind: ClassVar[str] = "masked_classification"
     backbone_kind: ClassVar[str] = "encoder"
+    auto_class: ClassVar[str | None] = "AutoModelForMaskedLM"
 
     def __post_init__(self) -> None:
         super().__post_init__()

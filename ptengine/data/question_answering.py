@@ -16,6 +16,7 @@ from ptengine.checks import check_whole, is_whole
 from ptengine.data.cells import described, place, text_value
 from ptengine.data.checks import check_column
 from ptengine.data.encoding import AnswerWindow, EncodedRow, EncodedSplit, check_max_tokens, plain_columns
+from ptengine.data.tasks import Task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["QuestionAnsweringTask"]
 
 
 @dataclass(frozen=True)
-class QuestionAnsweringTask:
+class QuestionAnsweringTask(Task):
     """An encoder reads question and text, and a trained head points at the answer's first and last token (SQuAD).
 
     The tokenizer joins question and text with its special tokens and segment ids. A text that is too long for one row
@@ -52,6 +53,8 @@ class QuestionAnsweringTask:
 
     kind: ClassVar[str] = "question_answering"
     backbone_kind: ClassVar[str] = "encoder"
+    trains_head: ClassVar[bool] = True
+    auto_class: ClassVar[str | None] = "AutoModelForQuestionAnswering"
 
     def __post_init__(self) -> None:
         columns = ["question_column", "context_column", "answer_column"]
@@ -66,7 +69,11 @@ class QuestionAnsweringTask:
     @property
     def columns(self) -> tuple[str, ...]:
         start = () if self.start_column is None else (self.start_column,)
-        return (self.question_column, self.context_column, self.answer_column, *start)
+        return (*self.text_columns, self.answer_column, *start)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.question_column, self.context_column)
 
     def encode(
         self,

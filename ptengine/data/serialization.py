@@ -45,16 +45,9 @@ def task_to_json(task: Task) -> dict[str, Any]:
             "end_with_eos": task.end_with_eos,
             "references_column": task.references_column,
         }
-    if isinstance(task, EmbeddingTask | QuestionAnsweringTask | TokenClassificationTask):
-        return {"kind": task.kind, **asdict(task)}
-    if isinstance(task, SequenceClassificationTask):
-        return {
-            "kind": task.kind,
-            "text_column": task.text_column,
-            "text_pair_column": task.text_pair_column,
-            "label_column": task.label_column,
-            "labels": list(task.labels),
-        }
+    if isinstance(task, EmbeddingTask | QuestionAnsweringTask | SequenceClassificationTask | TokenClassificationTask):
+        values = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(task).items()}
+        return {"kind": task.kind, **values}
     raise InputError(f"expected a task of ptengine.data, got {type(task).__name__}")
 
 
@@ -87,25 +80,16 @@ def _generation(
     return make(Template(template), target_column, end_with_eos, references_column)
 
 
-def _sequence_classification(text_column: Any, text_pair_column: Any, label_column: Any, labels: Any) -> Task:
-    return SequenceClassificationTask(text_column, text_pair_column, label_column, labels)
-
-
-_QUESTION_FIELDS = tuple(field.name for field in fields(QuestionAnsweringTask))
-_EMBEDDING_FIELDS = tuple(field.name for field in fields(EmbeddingTask))
 _NAMING = ("template", "label_words", "label_column")
 _WRITING = ("template", "target_column", "end_with_eos", "references_column")
 _KINDS: dict[str, tuple[Callable[..., Task], tuple[str, ...]]] = {
-    "classification": (partial(_classification, make=ClassificationTask), _NAMING),
-    "masked_classification": (partial(_classification, make=MaskedClassificationTask), _NAMING),
-    "seq2seq_classification": (partial(_classification, make=Seq2SeqClassificationTask), _NAMING),
-    "embedding": (EmbeddingTask, _EMBEDDING_FIELDS),
-    "token_classification": (TokenClassificationTask, ("tokens_column", "tags_column", "labels")),
-    "question_answering": (QuestionAnsweringTask, _QUESTION_FIELDS),
-    "generation": (partial(_generation, make=GenerationTask), _WRITING),
-    "seq2seq": (partial(_generation, make=Seq2SeqTask), _WRITING),
-    "sequence_classification": (
-        _sequence_classification,
-        ("text_column", "text_pair_column", "label_column", "labels"),
-    ),
+    **{
+        cls.kind: (partial(_classification, make=cls), _NAMING)
+        for cls in (ClassificationTask, MaskedClassificationTask, Seq2SeqClassificationTask)
+    },
+    **{cls.kind: (partial(_generation, make=cls), _WRITING) for cls in (GenerationTask, Seq2SeqTask)},
+    **{
+        cls.kind: (cls, tuple(field.name for field in fields(cls)))
+        for cls in (EmbeddingTask, QuestionAnsweringTask, SequenceClassificationTask, TokenClassificationTask)
+    },
 }

@@ -15,7 +15,6 @@ from datasets import Dataset
 from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.data.cells import described, place, text_value
 from ptengine.data.checks import check_column, check_masks, expect, refuse_leak
-from ptengine.data.embedding_tasks import EmbeddingTask
 from ptengine.data.encoding import (
     EncodedRow,
     EncodedSplit,
@@ -26,9 +25,7 @@ from ptengine.data.encoding import (
     token_lists,
     too_long,
 )
-from ptengine.data.question_answering import QuestionAnsweringTask
 from ptengine.data.templates import Template
-from ptengine.data.token_tasks import TokenClassificationTask
 from ptengine.data.verbalizers import BoundVerbalizer, Verbalizer, distinct_labels
 from ptengine.errors import InputError
 
@@ -45,8 +42,6 @@ __all__ = [
     "head_labels",
     "placed_virtual_tokens",
     "row_labels",
-    "text_columns",
-    "trains_head",
     "with_every_word",
     "with_target",
 ]
@@ -59,14 +54,23 @@ class Task(Protocol):
     Attributes:
         kind: such as "classification" or "generation", one for each class of task.
         backbone_kind: the models it is for, "causal", "encoder" or "seq2seq" (encoder-decoders).
+        trains_head: whether a head of the model is trained beside the prompt, so that it is saved and loaded with it.
+        auto_class: the class of transformers that loads a model for it; None is one with a language-modelling head.
     """
 
     kind: ClassVar[str]
     backbone_kind: ClassVar[str]
+    trains_head: ClassVar[bool] = False
+    auto_class: ClassVar[str | None] = None
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns a data set must have."""
+        ...
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        """The columns that it reads, without that of the answer: text, or lists of words."""
         ...
 
     def encode(
@@ -109,7 +113,11 @@ class VerbalizedTask(Task):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*self.template.columns, self.label_column)
+        return (*self.text_columns, self.label_column)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return self.template.columns
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -176,7 +184,7 @@ class ClassificationTask(VerbalizedTask):
 
 
 @dataclass(frozen=True)
-class GenerationTask:
+class GenerationTask(Task):
     """A causal model reads the text and writes the target: the template's text, then the target column, then EOS.
 
     The loss stands on the target's tokens only, the EOS among them. The target is tokenised apart, exactly as written,
@@ -213,7 +221,11 @@ class GenerationTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (*self.template.columns, self.target_column)
+        return (*self.text_columns, self.target_column)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return self.template.columns
 
     def encode(
         self,
@@ -274,7 +286,7 @@ class GenerationTask:
 
 
 @dataclass(frozen=True)
-class SequenceClassificationTask:
+class SequenceClassificationTask(Task):
     """An encoder reads one text, or a pair, and a trained head on top of it gives the class.
 
     The tokenizer adds its special tokens and segment ids. Rows carry a `class_id` and no labelled tokens. With
@@ -291,6 +303,8 @@ class SequenceClassificationTask:
 
     kind: ClassVar[str] = "sequence_classification"
     backbone_kind: ClassVar[str] = "encoder"
+    trains_head: ClassVar[bool] = True
+    auto_class: ClassVar[str | None] = "AutoModelForSequenceClassification"
 
     def __post_init__(self) -> None:
         for name in ("text_column", "label_column"):
@@ -303,8 +317,11 @@ class SequenceClassificationTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        pair = () if self.text_pair_column is None else (self.text_pair_column,)
-        return (self.text_column, *pair, self.label_column)
+        return (*self.text_columns, self.label_column)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.text_column, *(() if self.text_pair_column is None else (self.text_pair_column,)))
 
     def encode(
         self,
@@ -372,37 +389,15 @@ def row_labels(task: LabelledTask, dataset: Dataset, source_name: str) -> list[s
     return [task.labels[i] for i in class_ids(dataset, values, column, task.labels, source_name)]
 
 
-def text_columns(task: Task) -> tuple[str, ...]:
-    """The columns that a task reads, without that of the answer: text, and words of a `TokenClassificationTask`."""
-    if isinstance(task, SequenceClassificationTask):
-        return task.columns[:-1]
-    if isinstance(task, QuestionAnsweringTask):
-        return (task.question_column, task.context_column)
-    if isinstance(task, TokenClassificationTask):
-        return (task.tokens_column,)
-    if isinstance(task, EmbeddingTask):
-        return (task.text_column, task.text_pair_column)
-    template: Template = task.template  # type: ignore[attr-defined]
-    return template.columns
-
-
 def placed_virtual_tokens(task: Task) -> int | None:
     """The virtual tokens that the task's template places; None where it has no template or names no place."""
     template = getattr(task, "template", None)
     return template.num_virtual_tokens if isinstance(template, Template) else None
 
 
-def trains_head(task: Task) -> bool:
-    """Whether a head of the model is trained beside the prompt, so that it is saved and loaded with it."""
-    return task.kind in _HEAD_KINDS
-
-
 def head_labels(task: Task) -> tuple[str, ...]:
     """The labels that the outputs of a task's head stand for; none of one that points at tokens."""
     return tuple(getattr(task, "labels", ()))
-
-
-_HEAD_KINDS = ("sequence_classification", "question_answering", "token_classification")
 
 
 def _encode_pairs(tokenizer: PreTrainedTokenizerBase, texts: list[list[str]], **options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.data.cells import described, label_name, listed, place
 from ptengine.data.checks import check_column
 from ptengine.data.encoding import EncodedRow, EncodedSplit, check_max_tokens, plain_columns, too_long
+from ptengine.data.tasks import Task
 from ptengine.data.verbalizers import distinct_labels
 from ptengine.errors import InputError
 
@@ -24,7 +25,7 @@ __all__ = ["TokenClassificationTask"]
 
 
 @dataclass(frozen=True)
-class TokenClassificationTask:
+class TokenClassificationTask(Task):
     """An encoder reads a list of words, and a trained head gives each its label (named entities, parts of speech).
 
     The label stands at a word's first token (Devlin et al. 2019, arXiv 1810.04805, section 5.3); its other tokens and
@@ -43,6 +44,8 @@ class TokenClassificationTask:
 
     kind: ClassVar[str] = "token_classification"
     backbone_kind: ClassVar[str] = "encoder"
+    trains_head: ClassVar[bool] = True
+    auto_class: ClassVar[str | None] = "AutoModelForTokenClassification"
 
     def __post_init__(self) -> None:
         for name in ("tokens_column", "tags_column"):
@@ -53,7 +56,11 @@ class TokenClassificationTask:
 
     @property
     def columns(self) -> tuple[str, ...]:
-        return (self.tokens_column, self.tags_column)
+        return (*self.text_columns, self.tags_column)
+
+    @property
+    def text_columns(self) -> tuple[str, ...]:
+        return (self.tokens_column,)
 
     @property
     def has_entities(self) -> bool:

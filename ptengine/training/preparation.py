@@ -16,7 +16,7 @@ from ptengine.data import EncodedRow, EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
 from ptengine.data.encoding import too_long
 from ptengine.data.sources import name_of
-from ptengine.data.tasks import head_labels, placed_virtual_tokens, trains_head
+from ptengine.data.tasks import head_labels, placed_virtual_tokens
 from ptengine.errors import InputError
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import backbone_facts
@@ -53,7 +53,7 @@ def check_head(task: Task, prompt: Prompt | None) -> None:
     """Refuse a head that is the prompt's own where the task has none, or other labels."""
     if not isinstance(prompt, HeadedPrompt):
         return
-    if not trains_head(task):
+    if not task.trains_head:
         raise InputError(f"expected a task with a trained head for a HeadedPrompt, got {type(task).__name__}")
     wanted, got = list(prompt.labels), list(head_labels(task))
     if wanted != got:
@@ -64,7 +64,7 @@ def check_own_head(task: Task, prompt: Prompt) -> None:
     """As `check_head`; also refuse a prompt without a head where the task trains one and the model's own is no part of
     what is kept or compared."""
     check_head(task, prompt)
-    if trains_head(task) and not isinstance(prompt, HeadedPrompt):
+    if task.trains_head and not isinstance(prompt, HeadedPrompt):
         raise InputError(
             f"expected a HeadedPrompt, a prompt with its head, of a task with a trained head, got "
             f"{type(prompt).__name__}"
@@ -73,7 +73,7 @@ def check_own_head(task: Task, prompt: Prompt) -> None:
 
 def for_task(model: Any, prompt: Prompt, task: Task, seed: int) -> Prompt:
     """`prompt`, with a new head of its own where `task` trains one."""
-    return HeadedPrompt(model, prompt, head_labels(task), seed=seed) if trains_head(task) else prompt
+    return HeadedPrompt(model, prompt, head_labels(task), seed=seed) if task.trains_head else prompt
 
 
 def check_places(task: Task, prompt: Prompt | None) -> None:

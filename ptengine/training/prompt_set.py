@@ -18,7 +18,6 @@ import torch
 from ptengine.backbone.lowering import TextDependentTokens
 from ptengine.checks import check_whole
 from ptengine.data import EmbeddingTask, MaskedClassificationTask
-from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory
 from ptengine.garbage import settled_objects
@@ -259,7 +258,7 @@ def _check_members(members: Sequence[Any], output_dir: Path) -> None:
     for index, trainer in enumerate(members):
         if not isinstance(trainer, Trainer):
             raise InputError(f"member {index}: expected a ptengine.Trainer, got {type(trainer).__name__}")
-        if trainer.prompt is None or (trains_head(trainer.task) and not isinstance(trainer.prompt, HeadedPrompt)):
+        if trainer.prompt is None or (trainer.task.trains_head and not isinstance(trainer.prompt, HeadedPrompt)):
             raise InputError(
                 f"member {index}: expected a prompt, for a task with a trained head a HeadedPrompt, since all members "
                 f"share the model and its head, got {type(trainer.task).__name__} with {type(trainer.prompt).__name__}"

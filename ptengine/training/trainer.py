@@ -24,7 +24,6 @@ from ptengine.configuration import TrainingConfig
 from ptengine.data import ClassificationTask, EncodedRow, Task
 from ptengine.data.collation import batch_starts
 from ptengine.data.sources import name_of
-from ptengine.data.tasks import trains_head
 from ptengine.errors import InputError
 from ptengine.files import make_directory
 from ptengine.garbage import settled_objects
@@ -165,9 +164,9 @@ class Trainer:
         self.task = task
         self.step_loss = TaskLoss() if step_loss is None else step_loss
         self._objective = make_objective(task, model, spec, tokenizer, config.bf16)
-        in_place = trains_head(task) and not isinstance(prompt, HeadedPrompt)
+        in_place = task.trains_head and not isinstance(prompt, HeadedPrompt)
         self._head = head_parameters(model) if in_place else {}
-        self._not_frozen = set(task_head(model)) if trains_head(task) else set()  # or not read
+        self._not_frozen = set(task_head(model)) if task.trains_head else set()  # or not read
         self.device = spec.word_embeddings.weight.device
         self._check_trainable()
         check_checkpointing(spec, prompt, config.gradient_checkpointing)

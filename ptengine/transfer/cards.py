@@ -16,7 +16,7 @@ from typing import Any
 
 from ptengine.data import Task, load_rows
 from ptengine.data.serialization import task_from_json, task_to_json
-from ptengine.data.tasks import head_labels, trains_head
+from ptengine.data.tasks import head_labels
 from ptengine.errors import InputError
 from ptengine.prompts.facts import BackboneFacts
 from ptengine.training.preparation import DataSource
@@ -92,9 +92,9 @@ class PromptCard:
 
         With `task` also why it cannot answer that one: its head is of other labels, or only one of the two has a head.
         """
-        if task is not None and trains_head(self.task) != trains_head(task):
+        if task is not None and self.task.trains_head != task.trains_head:
             return f"it was tuned for a {type(self.task).__name__}, this is a {type(task).__name__}"
-        if task is not None and trains_head(task) and head_labels(self.task) != head_labels(task):
+        if task is not None and task.trains_head and head_labels(self.task) != head_labels(task):
             return f"its head has the labels {list(head_labels(self.task))}, this task {list(head_labels(task))}"
         reason = self.backbone.difference(present)
         if reason is None or self.method not in _CARRIED or not self.backbone.is_other_model(present):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ptengine.backbone import backbone_spec, pack_rows
 from ptengine.backbone.step import text_hidden
-from ptengine.data import Task, check_columns, load_rows, text_columns
+from ptengine.data import Task, check_columns, load_rows
 from ptengine.data.sources import name_of
 from ptengine.errors import InputError, UnsupportedModelError
 from ptengine.training.freezing import frozen
@@ -49,7 +49,7 @@ def domain_texts(data: DataSource, task: Task) -> list[str]:
         InputError: a column is missing, or as `ptengine.data.load_rows`.
     """
     name = name_of(data, "rows")
-    dataset, columns = load_rows(data, name=name), text_columns(task)
+    dataset, columns = load_rows(data, name=name), task.text_columns
     check_columns(dataset, columns, name)
     texts = ("\n".join(_text(row[column]) for column in columns) for row in dataset.with_format(None))
     return list(islice((text for text in texts if text.strip()), MOST_TEXTS))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ptengine.data import LabelledTask, text_columns
+from ptengine.data import LabelledTask
 from ptengine.prompts.base import Prompt
 from ptengine.training import evaluate
 
@@ -90,7 +90,7 @@ def baselines(
     from sklearn.pipeline import make_pipeline
 
     def texts(data: Sequence[Mapping[str, Any]]) -> list[str]:
-        return ["\n".join(str(row[column]) for column in text_columns(task)) for row in data]
+        return ["\n".join(str(row[column]) for column in task.text_columns) for row in data]
 
     labels, gold = ([str(row[task.label_column]) for row in data] for data in (rows, test))
     models = {

@@ -23,7 +23,7 @@ from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
 from ptengine.checks import check_whole
-from ptengine.data import LabelledTask, VerbalizedTask, text_columns
+from ptengine.data import LabelledTask, VerbalizedTask
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory, write_json_atomic, write_together
@@ -377,7 +377,7 @@ class _Work:
         order = random.Random(self.training.seed).sample(rows, len(rows))
         held, train = order[:held_count], order[held_count:]
         if self.settings.augmentation is not None:
-            train = [*train, *augment(train, text_columns(self.source_task), self.settings.augmentation, held).rows]
+            train = [*train, *augment(train, self.source_task.text_columns, self.settings.augmentation, held).rows]
         first, prompt = self.fresh(), self.fresh()
         config = replace(
             self.training, output_dir=str(folder), max_steps=self.settings.source_steps,
@@ -435,7 +435,7 @@ def _shuffled(rows: Rows, task: LabelledTask, seed: int) -> Rows:
 
 def _like(together: Rows, sources: Mapping[str, Rows], task: LabelledTask) -> Rows:
     """Of the texts of `together` the rows that `sources` have, as often."""
-    columns = text_columns(task)
+    columns = task.text_columns
     left = Counter(text_key(row, columns) for row in together)
     rows = [row for its in sources.values() for row in its]
     kept = []

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptengine.data import LabelledTask, text_columns
+from ptengine.data import LabelledTask
 from ptengine.errors import InputError
 from ptengine.files import json_bytes
 from ptengine.training.preparation import DataSource
@@ -71,11 +71,11 @@ def prepared(
     def cleaned(data: DataSource, of: LabelledTask, how: Cleaning, apart: Rows, name: str) -> Cleaned:
         return clean(
             data,
-            text_columns=text_columns(of),
+            text_columns=of.text_columns,
             label_column=of.label_column,
             settings=how,
             apart_from=apart,
-            apart_columns=text_columns(task),
+            apart_columns=task.text_columns,
             name=name,
         )
 
@@ -112,7 +112,7 @@ def prepared(
     texts = None
     if unlabelled is not None:
         found = clean(
-            unlabelled, text_columns=text_columns(task), settings=plain, apart_from=apart, name="unlabelled",
+            unlabelled, text_columns=task.text_columns, settings=plain, apart_from=apart, name="unlabelled",
         )  # fmt: skip
         reports.append(found.report)
         texts = found.rows

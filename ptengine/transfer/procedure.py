@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.backbone.spec import backbone_spec
-from ptengine.data import LabelledTask, Task, text_columns
+from ptengine.data import LabelledTask, Task
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
 from ptengine.files import make_directory
@@ -180,7 +180,7 @@ class Procedure:
         clean_leftovers(make_directory(folder))
         shots, augmented = rows, None
         if self.augmentation is not None:
-            copies = augment(rows, text_columns(self.task), self.augmentation)
+            copies = augment(rows, self.task.text_columns, self.augmentation)
             rows, augmented = [*rows, *copies.rows], copies.report
         prompts: dict[str, Prompt] = {}
         runs: dict[str, TrainingResult] = {}

@@ -39,7 +39,6 @@ from ptengine.data import (
     check_columns,
     collate,
     load_rows,
-    text_columns,
 )
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError
@@ -105,7 +104,7 @@ def unlabelled_rows(task: Task, data: DataSource) -> list[dict[str, Any]]:
     """
     if not isinstance(task, LabelledTask):
         raise InputError(f"expected a task of labels for self-training, got {type(task).__name__}")
-    columns = [*text_columns(task)]
+    columns = [*task.text_columns]
     dataset = load_rows(data, name="unlabelled")
     check_columns(dataset, columns, "unlabelled")
     return unlabelled([dict(row) for row in dataset.with_format(None).select_columns(columns)], task)
@@ -159,7 +158,7 @@ def teach(
     targets = _targets(log_p[sure], settings.temperature)  # [kept, C]
     readings, origins = [asked[i] for i in sure], list(range(len(sure)))
     if settings.views is not None:
-        views = augment([rows[i] for i in sure], text_columns(task), settings.views)
+        views = augment([rows[i] for i in sure], task.text_columns, settings.views)
         if not views.rows:
             raise NothingTaught("expected changed copies of unlabelled texts to learn consistency from, got none")
         readings, origins = encoded(views.rows), views.origins
