@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import add_model_arguments, choice, number, refuse, require, seed, whole
+from ptengine.commands.options import add_model_arguments, check_output, choice, number, refuse, require, seed, whole
 from ptengine.commands.task_options import labelled_task
 from ptengine.errors import InputError
 
@@ -238,12 +238,7 @@ def _check_carry(args: argparse.Namespace) -> None:
         for name in ("data", "projector"):
             if getattr(args, name) is None:
                 raise InputError(f"expected --{name} with --method projector, got none")
-        folder = Path(args.projector)
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(
-                f"expected --projector, a new or empty folder, got {args.projector!r}, which is "
-                f"{'not empty; name another one' if folder.is_dir() else 'no folder'}"
-            )
+        check_output(args.projector, "--projector", "; name another one")
         return
     only = ("data", "projector", "steps", "learning_rate", "max_length", "truncation")
     require(args, "--method projector", *only)

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import choice, seed
-from ptengine.errors import InputError
+from ptengine.commands.options import check_output, choice, seed
 
 if TYPE_CHECKING:
     from ptengine.data import Task
@@ -152,12 +151,8 @@ def _say(text: str) -> None:
 def _output(given: str | None, task: str) -> Path:
     """The folder asked for, if it is free; else the first free one of the demo's own."""
     if given is not None:
-        path = Path(given)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise InputError(
-                f"expected --output, a new or empty folder, got {given!r}, which is not empty or no folder"
-            )
-        return path
+        check_output(given)
+        return Path(given)
     path, count = Path("ptengine-out") / task, 1
     while path.exists():
         count += 1

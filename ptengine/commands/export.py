@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import choice
+from ptengine.commands.options import check_output, choice
 from ptengine.commands.session import add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
@@ -37,10 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Outcome:
     output = Path(args.output)
-    if output.is_dir() and any(output.iterdir()):
-        raise InputError(f"expected --output, a new or empty folder, got {args.output!r}, which is not empty")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"expected --output, a new or empty folder, got {args.output!r}, which is no folder")
+    check_output(output)
     if args.peft_type is not None and args.format != "peft":
         raise InputError(f"expected --peft-type with --format peft only, got --format {args.format}")
     model, tokenizer, prompt, task = _open(args)

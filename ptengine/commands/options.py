@@ -174,12 +174,13 @@ def word_task(model: str | None, template: Template, verbalizer: Verbalizer, lab
     return make(template, verbalizer, label_column)
 
 
-def check_output(output: Path, resume: bool | str) -> None:
-    """Refuse an ``--output`` that holds anything, unless a run in it is to be resumed."""
-    if resume is False and output.exists() and (not output.is_dir() or any(output.iterdir())):
+def check_output(folder: str | Path, option: str = "--output", hint: str = "") -> None:
+    """Refuse a folder to write to that holds anything; `hint` is what to do about it."""
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InputError(
-            f"expected --output, a new or empty folder, got {str(output)!r}, which is "
-            f"{'not empty; --resume goes on with the run in it' if output.is_dir() else 'no folder'}"
+            f"expected {option}, a new or empty folder, got {str(folder)!r}, which is "
+            f"{f'not empty{hint}' if path.is_dir() else 'no folder'}"
         )
 
 

@@ -181,7 +181,8 @@ def run(args: argparse.Namespace) -> Outcome:
     from ptengine.transfer.report import write_report
 
     output = Path(args.output)
-    check_output(output, args.resume)
+    if args.resume is False:
+        check_output(output, hint="; --resume goes on with the run in it")
     training = TrainingConfig(
         output_dir=args.output, max_steps=args.steps, logging_steps=50, disable_tqdm=True, **config_options(args)
     )

@@ -103,7 +103,8 @@ def run(args: argparse.Namespace) -> Outcome:
     check_sweep(args)
     config = TrainingConfig(output_dir=args.output, **config_options(args))
     output = Path(args.output)
-    check_output(output, args.resume)
+    if args.resume is False:
+        check_output(output, hint="; --resume goes on with the run in it")
     task = make_task(args)
     options = _prompt_options(args, placed_virtual_tokens(task))
     device = pick_device(args.device)

@@ -79,6 +79,17 @@ class BoundVerbalizer:
         return all(len(word) == 1 for word in self.words)
 
     @property
+    def rows_per_text(self) -> int:
+        """Rows that scoring lays out for a text: one, or one for every word where words have several tokens."""
+        return 1 if self.single_token else len(self.words)
+
+    def first_word(self, class_id: int | None) -> int:
+        """The position among `words` of the label's first word, which training uses."""
+        if class_id is None:
+            raise ValueError("expected a row with a label, got none")
+        return self.word_labels.index(class_id)
+
+    @property
     def longest(self) -> int:
         """Tokens of the longest word."""
         return max(len(word) for word in self.words)

@@ -193,7 +193,7 @@ class _WordObjective(_TargetObjective):
         lowered = lower(prompt)
         score = self._score_tokens if self._bound.single_token else self._score_words
         # Every word of every row is a row of its own where words have several tokens: the same memory per batch.
-        size = batch_size if self._bound.single_token else max(batch_size // len(self._bound.words), 1)
+        size = max(batch_size // self._bound.rows_per_text, 1)
         total, count = 0.0, 0
         predicted: list[int] = []
         for part in self._batches(rows, size, check):
@@ -221,7 +221,7 @@ class _WordObjective(_TargetObjective):
         sums = torch.zeros(len(candidates), device=self._device).index_add(0, at.long(), log_probs.float())  # [B * W]
         words = sums.view(len(rows), -1)  # [B, W]
         # The loss is that of training: on the tokens of the first word of the row's label.
-        first = [self._bound.word_labels.index(row.class_id) for row in rows]  # type: ignore[arg-type]
+        first = [self._bound.first_word(row.class_id) for row in rows]
         picked = words[torch.arange(len(rows)), torch.tensor(first)]  # [B]
         return words, -picked.sum().item(), sum(len(self._bound.words[word]) for word in first)
 

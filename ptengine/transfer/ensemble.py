@@ -154,7 +154,7 @@ class _Work:
     bf16: bool
 
     def scored(self) -> Iterator[_Part]:
-        several = 1 if self.bound is None or self.bound.single_token else len(self.bound.words)
+        several = 1 if self.bound is None else self.bound.rows_per_text
         size = max(self.batch_size // (len(self.prompts) * several), 1)
         with frozen(self.model), torch.no_grad():
             for rows in row_batches(self.rows, size):
@@ -179,7 +179,7 @@ class _Work:
         assert isinstance(self.task, WordTask)
         words = word_log_probs(self.model, self.spec, self.prompts, self.task, bound, rows, self.bf16)  # [N, B, W]
         words = words.double().cpu()
-        first = [bound.word_labels.index(row.class_id) for row in rows]  # type: ignore[arg-type]
+        first = [bound.first_word(row.class_id) for row in rows]
         targets = words[:, torch.arange(len(rows)), torch.tensor(first)]  # [N, B]
         return _Part(targets, class_log_probs(words, bound), sum(len(bound.words[word]) for word in first))
 

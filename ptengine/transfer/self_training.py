@@ -135,8 +135,7 @@ def teach(
         return encode(task, some, tokenizer, teacher, spec, name="unlabelled", **limits).rows
 
     asked = encoded(rows)
-    words = 1 if bound is None or bound.single_token else len(bound.words)
-    size = max(config.per_device_eval_batch_size // words, 1)
+    size = max(config.per_device_eval_batch_size // (1 if bound is None else bound.rows_per_text), 1)
 
     def said_of(part: Sequence[EncodedRow]) -> Tensor:
         """log p of the labels, [B, C]."""
@@ -176,7 +175,7 @@ def _answered(task: LabelledTask, row: EncodedRow, label: int, bound: BoundVerba
     """The row as it would be encoded if it had the label at position `label`."""
     if bound is None:
         return replace(row, class_id=label)
-    word = bound.word_labels.index(label)
+    word = bound.first_word(label)
     if isinstance(task, MaskedClassificationTask):
         (token,) = bound.words[word]
         return replace(row, class_id=label, labels=[x if x == IGNORE_INDEX else token for x in row.labels])
