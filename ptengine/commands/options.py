@@ -14,12 +14,9 @@ import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ptengine.errors import InputError
-
-if TYPE_CHECKING:
-    from ptengine.data import Template, VerbalizedTask, Verbalizer
 
 __all__ = [
     "DTYPES",
@@ -28,7 +25,6 @@ __all__ = [
     "add_model_arguments",
     "check_output",
     "choice",
-    "classification_task",
     "config_options",
     "flag",
     "number",
@@ -39,7 +35,6 @@ __all__ = [
     "seed",
     "unescape",
     "whole",
-    "word_task",
 ]
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -149,29 +144,6 @@ def read_label_words(text: str, option: str = "--label-words") -> dict[str, Any]
             raise InputError(f"expected different labels in {option}, got {label!r} twice")
         words[label] = unescape(word)
     return words
-
-
-def classification_task(
-    model: str | None, template: str, label_words: str, label_column: str, option: str = "--label-words"
-) -> VerbalizedTask:
-    """The task of ``--template``, ``--label-words`` and ``--label-column`` on the model of ``--model``. Errors as
-    `read_label_words`."""
-    from ptengine.data import Template, Verbalizer
-
-    words = Verbalizer(read_label_words(label_words, option))
-    return word_task(model, Template(unescape(template)), words, label_column)
-
-
-def word_task(model: str | None, template: Template, verbalizer: Verbalizer, label_column: str) -> VerbalizedTask:
-    """Classification by words: an encoder-decoder's, or, with a ``{mask}`` in the template, that of a masked language
-    model."""
-    from ptengine.commands.loading import is_seq2seq
-    from ptengine.data import ClassificationTask, MaskedClassificationTask, Seq2SeqClassificationTask
-
-    make: type[VerbalizedTask] = MaskedClassificationTask if template.num_masks else ClassificationTask
-    if is_seq2seq(model):
-        make = Seq2SeqClassificationTask
-    return make(template, verbalizer, label_column)
 
 
 def check_output(folder: str | Path, option: str = "--output", hint: str = "") -> None:

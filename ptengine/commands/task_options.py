@@ -8,13 +8,13 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
-from ptengine.commands.options import classification_task, read_label_words, refuse, require, unescape, whole, word_task
+from ptengine.commands.options import read_label_words, refuse, require, unescape, whole
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
-    from ptengine.data import LabelledTask, Task, Template
+    from ptengine.data import LabelledTask, Task, Template, VerbalizedTask, Verbalizer
 
-__all__ = ["add_task_arguments", "labelled_task", "make_task"]
+__all__ = ["add_task_arguments", "classification_task", "labelled_task", "make_task"]
 
 
 def add_task_arguments(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +116,7 @@ def make_task(args: argparse.Namespace) -> Task:
     else:
         labels = _labels(args.train, label_column)
         verbalizer = Verbalizer({name: name for name in labels}) if args.chat else Verbalizer.from_labels(labels)
-    return word_task(args.model, template, verbalizer, label_column)
+    return _word_task(args.model, template, verbalizer, label_column)
 
 
 def _chat(args: argparse.Namespace) -> Template:
@@ -146,6 +146,29 @@ def labelled_task(args: argparse.Namespace, data: str, words_option: str = "--la
                 f"expected --template and {words_option} (or --text-column for a BERT model), got no {option}"
             )
     return classification_task(args.model, args.template, args.label_words, label_column, words_option)
+
+
+def classification_task(
+    model: str | None, template: str, label_words: str, label_column: str, option: str = "--label-words"
+) -> VerbalizedTask:
+    """The task of ``--template``, ``--label-words`` and ``--label-column`` on the model of ``--model``. Errors as
+    `read_label_words`."""
+    from ptengine.data import Template, Verbalizer
+
+    words = Verbalizer(read_label_words(label_words, option))
+    return _word_task(model, Template(unescape(template)), words, label_column)
+
+
+def _word_task(model: str | None, template: Template, verbalizer: Verbalizer, label_column: str) -> VerbalizedTask:
+    """Classification by words: an encoder-decoder's, or, with a ``{mask}`` in the template, that of a masked language
+    model."""
+    from ptengine.commands.loading import is_seq2seq
+    from ptengine.data import ClassificationTask, MaskedClassificationTask, Seq2SeqClassificationTask
+
+    make: type[VerbalizedTask] = MaskedClassificationTask if template.num_masks else ClassificationTask
+    if is_seq2seq(model):
+        make = Seq2SeqClassificationTask
+    return make(template, verbalizer, label_column)
 
 
 def _question_task(args: argparse.Namespace) -> Task:

@@ -16,14 +16,13 @@ from ptengine.commands.options import (
     add_model_arguments,
     check_output,
     choice,
-    classification_task,
     config_options,
     number,
     refuse,
     require,
     whole,
 )
-from ptengine.commands.task_options import labelled_task
+from ptengine.commands.task_options import classification_task, labelled_task
 from ptengine.errors import InputError
 
 if TYPE_CHECKING:
