@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ptengine.data.encoding import special_tokens, token_lists
 from ptengine.data.templates import Part, Template, split_template
 from ptengine.errors import InputError
 
@@ -42,9 +41,8 @@ def chat_template(
         The template, with the columns that the messages name.
 
     Raises:
-        InputError: the tokenizer has no chat template, or reads text behind its own BOS unlike that behind the chat
-            template's; messages of another form; a chat template that refuses them, leaves one of their placeholders
-            out, or repeats it; whatever `Template` refuses.
+        InputError: the tokenizer has no chat template; messages of another form; a chat template that refuses them,
+            leaves one of their placeholders out, or repeats it; whatever `Template` refuses.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise InputError(f"expected a tokenizer with a chat template, got {type(tokenizer).__name__} without one")
@@ -61,7 +59,7 @@ def chat_template(
         text: Any = tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True, **options)
     except Exception as error:  # jinja2's own, or whatever a template raises
         raise InputError(f"expected messages that the chat template takes, got its error: {error}") from error
-    text = _without_leading(text, tokenizer).replace("{", "{{").replace("}", "}}")
+    text = text.replace("{", "{{").replace("}", "}}")
     for mark, placeholder in marks.items():
         times = text.count(mark)
         if times != 1:
@@ -83,19 +81,3 @@ def _mark(part: Part, marks: dict[str, str]) -> str:
     mark = f"\ue000{len(marks)}\ue001"
     marks[mark] = f"{{{written}}}"
     return mark
-
-
-def _without_leading(text: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Without what the tokenizer would put before the text a second time."""
-    leading, _ = special_tokens(tokenizer)
-    first = str(tokenizer.decode(leading))
-    if not leading or not text.startswith(first):
-        return text
-    rest = text.removeprefix(first)
-    whole, behind = token_lists(tokenizer, [text, rest])
-    if whole != leading + behind:
-        raise InputError(
-            f"expected a tokenizer that reads a chat behind its own {first!r} as behind the chat template's, got "
-            f"{type(tokenizer).__name__}, which does not"
-        )
-    return rest

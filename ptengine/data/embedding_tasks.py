@@ -15,6 +15,7 @@ from ptengine.checks import check_number
 from ptengine.data.cells import described, label_name, place, text_value
 from ptengine.data.checks import check_column
 from ptengine.data.encoding import EncodedRow, EncodedSplit, check_max_tokens, plain_columns, too_long
+from ptengine.data.sources import class_name
 from ptengine.data.tasks import Task
 from ptengine.errors import InputError
 
@@ -87,10 +88,8 @@ class EmbeddingTask(Task):
         source_name: str = "data",
     ) -> EncodedSplit:
         """See `Task.encode`; `max_tokens` is that of each text. A row's `class_id` is 1 where its texts match."""
-        check_max_tokens(max_tokens)
         special = tokenizer.num_special_tokens_to_add()
-        if max_tokens <= special:
-            raise InputError(f"expected max_tokens above the {special} special tokens of every text, got {max_tokens}")
+        check_max_tokens(max_tokens, special)
         values = plain_columns(dataset, self.columns, source_name)
         matches = [True] * dataset.num_rows
         if self.label_column is not None:
@@ -123,13 +122,10 @@ class EmbeddingTask(Task):
         return EncodedSplit(rows, len(cut))
 
     def _matches(self, dataset: Dataset, values: list[Any], source_name: str) -> list[bool]:
-        from datasets import ClassLabel
-
         feature = dataset.features[self.label_column]  # type: ignore[index]
         names = []
         for index, value in enumerate(values):
-            if isinstance(feature, ClassLabel) and isinstance(value, int) and value >= 0:
-                value = feature.int2str(value)
+            value = class_name(feature, value)
             name = label_name(value)
             if not name:
                 raise InputError(

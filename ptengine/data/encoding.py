@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from ptengine.checks import check_whole
 from ptengine.data.cells import described, label_name, listed, place
-from ptengine.data.sources import check_columns
+from ptengine.data.sources import check_columns, class_name
 from ptengine.data.templates import Template
 from ptengine.errors import InputError
 
@@ -121,8 +121,11 @@ class EncodedSplit:
         return iter(self.rows)
 
 
-def check_max_tokens(max_tokens: int) -> None:
+def check_max_tokens(max_tokens: int, special: int = 0) -> None:
+    """Refuse a room that is no whole number, or that a text's `special` tokens fill."""
     check_whole("max_tokens (the model's context minus the prompt)", max_tokens)
+    if special >= max_tokens:
+        raise InputError(f"expected max_tokens above the {special} special tokens of every row, got {max_tokens}")
 
 
 def plain_columns(dataset: Dataset, needed: Sequence[str], source_name: str) -> dict[str, list[Any]]:
@@ -142,8 +145,7 @@ def class_ids(
     positions = {label: position for position, label in enumerate(labels)}
     ids = []
     for index, value in enumerate(values):
-        if isinstance(feature, ClassLabel) and value is not None:
-            value = feature.int2str(value) if value >= 0 else None  # -1 is datasets' way to write "no label"
+        value = class_name(feature, value)
         name = label_name(value)
         if name not in positions:
             raise InputError(
@@ -225,9 +227,10 @@ def encode_texts(
     """Render and tokenise every row.
 
     A row's tokens are what the tokenizer puts in front of a text (a BOS, if it does that) and the text's own; nothing
-    is added behind, so a target may follow, unless the text is `closed`. Virtual tokens that open the template stand
-    before the BOS, as every prompt without a place does. With `enclosed` the tokenizer's special tokens stand around
-    the whole template, its virtual tokens included: [CLS] template [SEP].
+    is added behind, so a target may follow, unless the text is `closed`. A template that begins with that BOS itself,
+    as one made of a chat template may, gets no second one. Virtual tokens that open the template stand before the BOS,
+    as every prompt without a place does. With `enclosed` the tokenizer's special tokens stand around the whole
+    template, its virtual tokens included: [CLS] template [SEP].
 
     With `truncation`, a row that is too long loses the end of its longest column, and nothing else: of the template's
     placeholders, the one with most characters in that row (the first of equals) drops its last tokens, whole ones,
@@ -252,6 +255,8 @@ def encode_texts(
         for i in range(count)
     ]
     leading, trailing = special_tokens(tokenizer)
+    if not enclosed and _begins_with(template, leading, tokenizer):
+        leading = []
     if not (enclosed or closed):
         trailing = []
     special = len(leading) + len(trailing)
@@ -271,6 +276,13 @@ def encode_texts(
         virtual_at=[_places(template, row, len(leading), enclosed) if is_inside else None for row in texts],
         truncated=len(over),
     )
+
+
+def _begins_with(template: Template, leading: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the text that opens the template begins with these tokens."""
+    opening = template.parts[0].text if template.parts[0].kind == "text" else ""
+    [tokens] = token_lists(tokenizer, [opening])
+    return tokens[: len(leading)] == list(leading)
 
 
 def _segments(template: Template) -> list[slice]:

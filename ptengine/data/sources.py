@@ -28,7 +28,7 @@ from pyarrow.parquet import ParquetFile
 from ptengine.data.cells import described, listed, place
 from ptengine.errors import InputError
 
-__all__ = ["check_columns", "load_rows", "name_of", "named_rows"]
+__all__ = ["check_columns", "class_name", "load_rows", "name_of", "named_rows"]
 
 _READERS = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 
@@ -102,6 +102,14 @@ def _named(feature: Any, value: Any) -> Any:
         return None
     if isinstance(feature, datasets.List):
         return [_named(feature.feature, one) for one in value]
+    return class_name(feature, value)
+
+
+def class_name(feature: Any, value: Any) -> Any:
+    """The name of a class of a `datasets.ClassLabel` column, None for the -1 by which it says "no label"; any other
+    value as it is."""
+    if not isinstance(feature, datasets.ClassLabel) or not isinstance(value, int):
+        return value
     return feature.int2str(value) if value >= 0 else None
 
 

@@ -333,10 +333,8 @@ class SequenceClassificationTask(Task):
         source_name: str = "data",
     ) -> EncodedSplit:
         """See `Task.encode`. The special tokens count towards `max_tokens`."""
-        check_max_tokens(max_tokens)
         special = tokenizer.num_special_tokens_to_add(pair=self.text_pair_column is not None)
-        if max_tokens <= special:
-            raise InputError(f"expected max_tokens above the {special} special tokens of every row, got {max_tokens}")
+        check_max_tokens(max_tokens, special)
         values = plain_columns(dataset, self.columns, source_name)
         ids = class_ids(dataset, values[self.label_column], self.label_column, self.labels, source_name)
         texts = [

@@ -8,12 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from datasets import ClassLabel, Dataset
+from datasets import Dataset
 
 from ptengine.backbone.packing import IGNORE_INDEX
 from ptengine.data.cells import described, label_name, listed, place
 from ptengine.data.checks import check_column
 from ptengine.data.encoding import EncodedRow, EncodedSplit, check_max_tokens, plain_columns, too_long
+from ptengine.data.sources import class_name
 from ptengine.data.tasks import Task
 from ptengine.data.verbalizers import distinct_labels
 from ptengine.errors import InputError
@@ -83,10 +84,8 @@ class TokenClassificationTask(Task):
                 tokenizer makes nothing of, or a tokenizer that does not take words (a slow one, or a byte-level one
                 without ``add_prefix_space=True``).
         """
-        check_max_tokens(max_tokens)
         special = tokenizer.num_special_tokens_to_add()
-        if max_tokens <= special:
-            raise InputError(f"expected max_tokens above the {special} special tokens of every row, got {max_tokens}")
+        check_max_tokens(max_tokens, special)
         values = plain_columns(dataset, self.columns, source_name)
         words = [self._words(value, source_name, index) for index, value in enumerate(values[self.tokens_column])]
         classes = [
@@ -153,8 +152,7 @@ class TokenClassificationTask(Task):
             if one == IGNORE_INDEX:
                 classes.append(IGNORE_INDEX)
                 continue
-            if isinstance(feature, ClassLabel) and isinstance(one, int) and one >= 0:
-                one = feature.int2str(one)
+            one = class_name(feature, one)
             name = label_name(one)
             if name not in self.labels:
                 raise InputError(

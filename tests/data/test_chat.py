@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from ptengine.data import ClassificationTask, Template, Verbalizer, chat_template, load_rows
@@ -17,6 +17,34 @@ CHATML = (
 )
 MARKS = ["<s>", "<|im_start|>", "<|im_end|>"]
 
+_EACH = "{% for m in messages %}"
+CHATS = {
+    "chatml": CHATML,
+    "llama2": _EACH + "{% if m['role'] == 'system' %}{{ bos_token }}[INST] <<SYS>>\n{{ m['content'] }}\n<</SYS>>\n\n"
+    "{% else %}{{ m['content'].strip() + ' [/INST]' }}{% endif %}{% endfor %}",
+    "llama3": "{{ bos_token }}"
+    + _EACH
+    + "<|start|>{{ m['role'] }}<|end|>\n\n{{ m['content'] | trim }}<|eot|>{% endfor %}"
+    "<|start|>assistant<|end|>\n\n",
+    "mistral": "{{ bos_token }}" + _EACH + "{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endfor %}",
+    "zephyr": _EACH + "{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token + '\n' }}{% endfor %}<|assistant|>\n",
+    "gemma": "{{ bos_token }}"
+    + _EACH
+    + "{{ '<start_of_turn>' + m['role'] + '\n' + m['content'] | trim }}<end_of_turn>\n"
+    "{% endfor %}<start_of_turn>model\n",
+    "phi": _EACH + "{{ '<|' + m['role'] + '|>\n' + m['content'] + '<|end|>\n' }}{% endfor %}<|assistant|>\n",
+}
+TURNS = [
+    "<|start|>",
+    "<|end|>",
+    "<|eot|>",
+    "<start_of_turn>",
+    "<end_of_turn>",
+    "<|user|>",
+    "<|system|>",
+    "<|assistant|>",
+]
+
 
 def tokenizer(chat: str | None = CHATML, *, bos: bool = False) -> PreTrainedTokenizerFast:
     """A token for every byte and mark; with `bos` the tokenizer puts <s> before every text."""
@@ -26,6 +54,29 @@ def tokenizer(chat: str | None = CHATML, *, bos: bool = False) -> PreTrainedToke
     if bos:
         core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", len(alphabet))])
     made = PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", additional_special_tokens=MARKS[1:])
+    made.chat_template = chat
+    return made
+
+
+def sentencepiece(scheme: str, chat: str, *, bos: bool) -> PreTrainedTokenizerFast:
+    """As of Llama-2: pieces behind a blank written "▁", which `scheme` also puts before a text, and bytes for the rest.
+    The turns' marks eat the blanks behind them, as those of Phi-3."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *map(chr, range(33, 127)), "▁", "▁n", "▁y"]
+    core = Tokenizer(
+        models.BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=[("▁", "n"), ("▁", "y")],
+            unk_token="<unk>",
+            fuse_unk=True,
+            byte_fallback=True,
+        )
+    )
+    core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+    if bos:
+        core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    made = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    marks = [AddedToken(mark, special=True, normalized=False, rstrip=True) for mark in TURNS]
+    made.add_tokens(marks, special_tokens=True)
     made.chat_template = chat
     return made
 
@@ -73,6 +124,35 @@ def test_a_bos_of_the_tokenizer_alone_stays() -> None:
     tokens = tokenizer(bos=True)
     ids = row_tokens(tokens, chat_template(tokens, "{text}"), {"text": "hi"})
     assert ids == [tokens.bos_token_id, *stock_tokens(tokens, [{"role": "user", "content": "hi"}])]
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("scheme", ["first", "always", "never"])
+@pytest.mark.parametrize("chat", CHATS)
+def test_sentencepiece_chats_are_not_refused_for_what_comes_first(chat: str, scheme: str, bos: bool) -> None:
+    """Metaspace puts a blank before a text, which the text behind a chat template's own BOS is not."""
+    tokens = sentencepiece(scheme, CHATS[chat], bos=bos)
+    template = chat_template(
+        tokens, [{"role": "system", "content": "Be terse"}, {"role": "user", "content": "{a}\nthen {b}."}]
+    )
+    for value in ("nice [film]", "好 é", "  x", "\nx", "<s> t", ""):
+        filled = [{"role": "system", "content": "Be terse"}, {"role": "user", "content": f"| {value}\nthen {value}."}]
+        stock = stock_tokens(tokens, filled)
+        if bos and stock[0] != tokens.bos_token_id:
+            stock = [tokens.bos_token_id, *stock]
+        assert row_tokens(tokens, template, {"a": f"| {value}", "b": value}) == stock
+
+
+def test_virtual_tokens_and_a_cut_keep_the_place_behind_a_bos_of_the_template() -> None:
+    tokens = sentencepiece("first", CHATS["mistral"], bos=True)
+    task = ClassificationTask(chat_template(tokens, "{prompt:2}{text}"), Verbalizer({"no": "n", "yes": "y"}))
+    rows = load_rows([{"text": "tttttttt", "label": "no"}])
+    [row] = task.encode(rows, tokens, max_tokens=20, truncation=True).rows
+    before = tokens("<s>[INST] ", add_special_tokens=False)["input_ids"]
+    assert row.virtual_at == [len(before)] * 2
+    assert row.input_ids[: len(before)] == before
+    assert row.input_ids.count(tokens.bos_token_id) == 1
+    assert len(row.input_ids) == 20
 
 
 def test_places_of_virtual_tokens_stay_places() -> None:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from datasets import Dataset
+from datasets import ClassLabel, Dataset, Features, Value
 
 from ptengine.data import EmbeddingTask
 from ptengine.data.serialization import task_from_json, task_to_json
@@ -56,3 +56,13 @@ def test_bad_inputs(bert: Any) -> None:
         other.encode(DATA, bert, max_tokens=20, source_name="dev.jsonl")
     with pytest.raises(InputError, match="above the 2 special tokens"):
         PLAIN.encode(DATA, bert, max_tokens=2)
+
+
+def test_a_class_that_says_no_label_counted_as_pairs_that_do_not_match(bert: Any) -> None:
+    """-1 in a `ClassLabel` column: the other tasks refuse it."""
+    labels = ClassLabel(names=["match", "other"])
+    features = Features({"text": Value("string"), "text_pair": Value("string"), "label": labels})
+    dataset = Dataset.from_dict({"text": ["a", "b"], "text_pair": ["a", "c"], "label": [0, -1]}, features=features)
+    task = EmbeddingTask(label_column="label", positive_label="match")
+    with pytest.raises(InputError, match=r"row 1 .*expected a label in column 'label', got an empty value"):
+        task.encode(dataset, bert, max_tokens=20)
