@@ -66,7 +66,8 @@ class HeadedPrompt(Prompt):
     ) -> None:
         if not isinstance(prompt, Prompt) or isinstance(prompt, HeadedPrompt):
             raise InputError(f"expected a prompt without a head, got {type(prompt).__name__}")
-        if isinstance(labels, str) or not all(isinstance(label, str) for label in labels):
+        named = isinstance(labels, Sequence) and not isinstance(labels, str)
+        if not named or not all(isinstance(label, str) for label in labels):
             raise InputError(f"expected labels, a list of names, got {labels!r}")
         prompt.facts.require_same(backbone_facts(model), "the prompt")
         spec = backbone_spec(model)

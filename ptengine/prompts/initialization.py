@@ -25,6 +25,7 @@ __all__ = [
     "Initial",
     "check_count",
     "check_init",
+    "check_seed",
     "generator_from",
     "is_trained",
     "label_ids",
@@ -86,10 +87,15 @@ def check_count(num_virtual_tokens: Any, spec: BackboneSpec) -> int:
     return num_virtual_tokens
 
 
+def check_seed(name: str, value: Any) -> int:
+    """`value`, if torch's generators take it; `InputError` otherwise."""
+    if not is_whole(value) or not 0 <= value < 2**63:
+        raise InputError(f"expected {name}, a whole number from 0 to 2**63 - 1, got {value!r}")
+    return value
+
+
 def generator_from(seed: Any) -> torch.Generator:
-    if not is_whole(seed) or not 0 <= seed < 2**63:
-        raise InputError(f"expected seed, a whole number from 0 to 2**63 - 1, got {seed!r}")
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(check_seed("seed", seed))
 
 
 def text_ids(tokenizer: Any, text: Any, count: int, spec: BackboneSpec) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ptengine.backbone.spec import backbone_spec
 from ptengine.checks import check_whole
 from ptengine.prompts.facts import BackboneFacts, backbone_facts
-from ptengine.prompts.initialization import DEFAULT_NUM_VIRTUAL_TOKENS, check_count, generator_from
+from ptengine.prompts.initialization import DEFAULT_NUM_VIRTUAL_TOKENS, check_count, check_seed, generator_from
 from ptengine.prompts.registry import register
 from ptengine.prompts.reparametrized import Reparametrized
 
@@ -72,7 +72,7 @@ class ULPTPrompt(Reparametrized):
     @classmethod
     def check_settings(cls, facts: BackboneFacts, settings: Mapping[str, Any]) -> None:
         check_whole("rank", settings["rank"])
-        check_whole("projection_seed", settings["projection_seed"], 0)
+        check_seed("projection_seed", settings["projection_seed"])
 
     def _build(self) -> None:
         self.codes = nn.Parameter(torch.empty(self.num_virtual_tokens, self.settings["rank"]))  # [P, r]

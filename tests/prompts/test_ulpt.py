@@ -70,7 +70,8 @@ def test_a_prompt_that_was_first_used_in_inference_mode_could_not_be_trained(gpt
 
 BAD = {
     "no rank": ({"rank": 0}, "rank, a whole number of at least 1, got 0"),
-    "a negative projection": ({"projection_seed": -1}, "projection_seed, a whole number of at least 0, got -1"),
+    "a negative projection": ({"projection_seed": -1}, "projection_seed, a whole number from 0 to .*, got -1"),
+    "a projection beyond generators": ({"projection_seed": 2**64}, r"projection_seed, a whole number .* 2\*\*63 - 1"),
     "a negative seed": ({"seed": -1}, "seed, a whole number from 0 to 2\\*\\*63 - 1, got -1"),
 }
 

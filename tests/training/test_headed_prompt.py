@@ -269,6 +269,7 @@ def test_what_does_not_fit_is_refused(tiny: ModuleType, tmp_path: Path) -> None:
     cases: list[tuple[str, Callable[[], Any]]] = [
         ("expected a prompt without a head, got HeadedPrompt", lambda: headed(model, good, task)),
         ("expected labels, a list of names", lambda: HeadedPrompt(model, tiny.soft(model), "neg")),
+        ("expected labels, a list of names, got None", lambda: HeadedPrompt(model, tiny.soft(model), None)),  # type: ignore[arg-type]
         ("an encoder with a classification head", lambda: headed(tiny.gpt2(), tiny.soft(tiny.gpt2()), task)),
         (
             "an encoder with a classification head",
