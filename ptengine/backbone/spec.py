@@ -172,6 +172,8 @@ def config_spec(model: Any) -> BackboneSpec:
             reason = "it does not name its word embeddings"
     if reason is None and not isinstance(embeddings, nn.Embedding):
         reason = f"its word embeddings are a {type(embeddings).__name__}, not a table of vectors"
+    if reason is None and embeddings.weight.is_meta:  # type: ignore[union-attr]
+        reason = "its word embeddings have no values (meta device), as before loading or where they are offloaded"
     if reason is None and output is not None and getattr(getattr(output, "weight", None), "ndim", 0) != 2:
         output = None
     if reason is not None:

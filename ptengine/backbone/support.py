@@ -30,17 +30,22 @@ class LayerSupport:
 
 @dataclass(frozen=True)
 class SupportReport:
-    """Attributes:
-    model_type: transformers' name of the architecture.
-    supported: whether `ptengine.patch` accepts the model.
-    reason: why it does not, or how prompts run in it.
-    layers: one entry per layer; empty where the model is refused as a whole and its layers are of one kind.
+    """What `supports` found; true where the model is supported.
+
+    Attributes:
+        model_type: transformers' name of the architecture.
+        supported: whether `ptengine.patch` accepts the model.
+        reason: why it does not, or how prompts run in it.
+        layers: one entry per layer; empty where the model is refused as a whole and its layers are of one kind.
     """
 
     model_type: str
     supported: bool
     reason: str
     layers: tuple[LayerSupport, ...]
+
+    def __bool__(self) -> bool:
+        return self.supported
 
     def __str__(self) -> str:
         head = f"{self.model_type}: {'supported' if self.supported else 'not supported'}: {self.reason}"

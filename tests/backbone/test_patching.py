@@ -386,3 +386,18 @@ def test_a_first_look_does_not_undo_another_thread_s_patch(monkeypatch: pytest.M
     first.join()
     second.join()
     assert is_patched(model)
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_a_model_without_values_ended_in_errors_of_its_own_forward(family: str) -> None:
+    with torch.device("meta"):
+        model = make(family)
+    for call in (backbone_spec, patch):
+        with pytest.raises(UnsupportedModelError, match="its word embeddings have no values"):
+            call(model)
+
+
+def test_a_report_of_a_model_that_is_not_supported_counted_as_true() -> None:
+    """`if ptengine.supports(model)` took every model."""
+    assert supports(make("gpt2"))
+    assert not supports(nn.Linear(2, 2))
