@@ -22,8 +22,9 @@ from ptengine.errors import InputError, UnsupportedModelError
 
 __all__ = ["GATED_MODEL_TYPES", "GatedPart", "add_gated", "check_gated", "gated_parts"]
 
-# Families whose keys and values are those of `k_proj` and `v_proj`, changed by nothing but the rotary embedding.
-GATED_MODEL_TYPES = ("llama", "mistral")
+# Families whose keys and values are those of `k_proj` and `v_proj`, changed by nothing but a `k_norm` of each head and
+# the rotary embedding.
+GATED_MODEL_TYPES = ("gemma", "granite", "llama", "mistral", "qwen2", "qwen3", "smollm3")
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def gated_parts(
         keys, values = {}, {}
         for layer, tokens in zip(prompt.layers, prompt.embeds.to(weight.device, weight.dtype).unbind(0), strict=True):
             attention = layers[layer].self_attn
-            keys[layer] = attention.k_proj(tokens).unflatten(-1, (spec.num_kv_heads, spec.head_dim))  # [P, H_kv, D]
+            heads = attention.k_proj(tokens).unflatten(-1, (spec.num_kv_heads, spec.head_dim))  # [P, H_kv, D]
+            keys[layer] = attention.k_norm(heads) if hasattr(attention, "k_norm") else heads
             values[layer] = attention.v_proj(tokens).unflatten(-1, (spec.num_kv_heads, spec.value_dim))
         gates = dict(zip(prompt.layers, prompt.gates.to(weight.device).unbind(0), strict=True))
         everywhere = readers is None or prompt_of is None or len(readers) == len(prompt_of)

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ptengine.backbone.gated import GATED_MODEL_TYPES
 from ptengine.checks import check_whole
 from ptengine.errors import InputError
 from ptengine.prompts import BackboneFacts, LlamaAdapter
@@ -21,19 +20,22 @@ __all__ = ["ADAPTER_TYPE", "adapter_of", "adapter_parts", "require_plain_output"
 
 ADAPTER_TYPE = "ADAPTION_PROMPT"
 _MODULE = "self_attn"
+_FAMILIES = ("llama", "mistral")  # PEFT's, without GPT-2, where it adds what is read behind the output projection
 
 
 def adapter_parts(prompt: LlamaAdapter, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and the configuration's own fields of a checkpoint with the numbers of `prompt`.
 
     Raises:
-        InputError: a gate per head, which the format has no room for; or no model, whose layers are named.
+        InputError: a gate per head, which the format has no room for; a model of a type that PEFT adapts otherwise or
+            not at all; or no model, whose layers are named.
     """
     if prompt.settings["gating"] != "layer":
         raise InputError(
             f"expected gating 'layer', the one gate per layer that {ADAPTER_TYPE} has, got "
             f"{prompt.settings['gating']!r}"
         )
+    _require_family(prompt.facts)
     if model is None:
         raise InputError(f"{ADAPTER_TYPE} needs model, whose layers its tensors are named by, got None")
     require_plain_output(model)
@@ -49,6 +51,13 @@ def adapter_parts(prompt: LlamaAdapter, model: Any) -> tuple[dict[str, Tensor], 
     return tensors, fields
 
 
+def _require_family(facts: BackboneFacts) -> None:
+    if facts.model_type not in _FAMILIES:
+        raise InputError(
+            f"expected a model of type {' or '.join(_FAMILIES)} for {ADAPTER_TYPE}, got {facts.model_type!r}"
+        )
+
+
 def adapter_of(config: Mapping[str, Any], tensors: dict[str, Tensor], facts: BackboneFacts, model: Any) -> LlamaAdapter:
     """The adapter of a checkpoint, on the CPU; its tensors are taken out of `tensors`.
 
@@ -61,10 +70,7 @@ def adapter_of(config: Mapping[str, Any], tensors: dict[str, Tensor], facts: Bac
     Raises:
         InputError: another kind of model, a field or tensor that is missing, of another shape or too many.
     """
-    if facts.model_type not in GATED_MODEL_TYPES:
-        raise InputError(
-            f"expected a model of type {' or '.join(GATED_MODEL_TYPES)} for {ADAPTER_TYPE}, got {facts.model_type!r}"
-        )
+    _require_family(facts)
     if config.get("target_modules") != _MODULE:
         raise InputError(f"expected target_modules {_MODULE!r}, got {config.get('target_modules')!r}")
     require_plain_output(model)

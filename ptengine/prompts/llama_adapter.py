@@ -31,11 +31,13 @@ class LlamaAdapter(Parametrized):
 
     P [P, d] are the layer's own tokens, W_k and W_v its frozen projections, g its gate, which starts at zero: at first
     the model is the frozen one. q is rotated, the tokens' keys are not: they have no position, and the text begins at
-    position 0. In the paper and in PEFT (ADAPTION_PROMPT) g is one trained number per layer; the authors' code has the
-    tanh of one per head. `fold` is a copy: there is nothing to fold.
+    position 0. Projections keep their biases, and keys that a layer normalises (Qwen3) are normalised. In the paper and
+    in PEFT (ADAPTION_PROMPT) g is one trained number per layer; the authors' code has the tanh of one per head. `fold`
+    is a copy: there is nothing to fold.
 
     Args:
-        model: a frozen causal transformers model of the types llama and mistral; read once, not kept.
+        model: a frozen causal transformers model of the types gemma, granite, llama, mistral, qwen2, qwen3 and
+            smollm3; read once, not kept.
         num_virtual_tokens: P; None means 10, as in the paper.
         num_adapter_layers: A, counted from the top; None means all but the lowest two (as the paper's 30 of 32), at
             least one.

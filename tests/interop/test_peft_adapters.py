@@ -10,7 +10,16 @@ import pytest
 import torch
 from peft import AdaptionPromptConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from ptengine.backbone import label_log_probs, pack_rows, patched
 from ptengine.errors import InputError
@@ -139,7 +148,10 @@ def test_models_that_peft_computes_otherwise_are_refused(tmp_path: Path) -> None
 def test_bad_exports_are_refused_and_write_nothing(tmp_path: Path) -> None:
     model = make()
     prompt = LlamaAdapter(model)
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    qwen = Qwen2ForCausalLM(Qwen2Config(vocab_size=61, hidden_size=32, **sizes))
     cases: list[tuple[Any, dict[str, Any], str]] = [
+        (LlamaAdapter(qwen), {"model": qwen}, "type llama or mistral for ADAPTION_PROMPT, got 'qwen2'"),
         (prompt, {}, "ADAPTION_PROMPT needs model, .*got None"),
         (LlamaAdapter(model, gating="head_tanh"), {"model": model}, "expected gating 'layer'.*got 'head_tanh'"),
         (prompt, {"model": model, "peft_type": "PREFIX_TUNING"}, "ADAPTION_PROMPT for a LlamaAdapter, got"),
