@@ -7,6 +7,7 @@ used. The options of a training run are made from the fields of `TrainingConfig`
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import re
 import types
@@ -234,6 +235,6 @@ def _converter(kind: Any, optional: bool) -> Callable[[str], Any]:
 
 def _attribute_texts(docstring: str) -> dict[str, str]:
     """The ``Attributes:`` of a docstring: name to text, as one line without code marks."""
-    section = docstring.partition("Attributes:")[2]
-    entries = re.findall(r"^ {8}(\w+(?:, \w+)*): (.*?)(?=^ {8}\w|\Z)", section, re.DOTALL | re.MULTILINE)
+    section = inspect.cleandoc(docstring).partition("Attributes:")[2]  # from Python 3.13 on they come so
+    entries = re.findall(r"^ {4}(\w+(?:, \w+)*): (.*?)(?=^ {4}\w|\Z)", section, re.DOTALL | re.MULTILINE)
     return {name: re.sub(r"``?", "", " ".join(text.split())) for names, text in entries for name in names.split(", ")}

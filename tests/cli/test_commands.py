@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -75,6 +76,13 @@ def test_every_training_setting_is_an_option_with_its_text() -> None:
         if field.name != "output_dir":
             assert flag(field.name) in options
             assert len(options[flag(field.name)].help or "") > 15, field.name
+
+
+def test_the_texts_of_training_settings_vanished_on_python_3_13(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which takes the common indentation out of docstrings."""
+    before = make_parser("tune").format_help()
+    monkeypatch.setattr(TrainingConfig, "__doc__", inspect.cleandoc(TrainingConfig.__doc__ or ""))
+    assert make_parser("tune").format_help() == before
 
 
 def test_options_of_training_become_their_types(world: Any) -> None:
@@ -413,15 +421,6 @@ def test_doctor(world: Any, call: Callable[..., Any], monkeypatch: Any) -> None:
     forced = call("doctor")
     assert forced.status == 1
     assert "refused" in forced.out
-
-
-def test_doctor_says_whose_tiles_an_unknown_gpu_takes() -> None:
-    from ptengine.commands.doctor import tile_report
-
-    assert tile_report("sm_120")[0] == (
-        "prefix_attention on sm_120: tiles those of sm_80, the nearest, since the table has none of its own"
-    )
-    assert "linear_cross_entropy on sm_90: tiles its own" in tile_report("sm_90")
 
 
 def test_library_output_does_not_reach_standard_output(call: Callable[..., Any], monkeypatch: Any) -> None:
