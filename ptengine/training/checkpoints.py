@@ -100,6 +100,8 @@ def newest_checkpoint(output_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def checkpoint_steps(output_dir: Path) -> list[int]:
     """Steps of the checkpoint folders in `output_dir`, torn ones included, in order."""
+    if not output_dir.is_dir():  # Python 3.13 lists no folder whose name no system takes
+        return []
     names = [entry.name.removeprefix(_PREFIX) for entry in output_dir.glob(f"{_PREFIX}*") if entry.is_dir()]
     return sorted(int(name) for name in names if name.isascii() and name.isdigit())
 

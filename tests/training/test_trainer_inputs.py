@@ -118,7 +118,7 @@ def test_bad_input_is_one_error_before_anything_is_written(tiny: ModuleType, tmp
 
 
 def test_a_folder_of_an_impossible_name_was_a_value_error(tiny: ModuleType, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"expected a directory to write to, got .*: embedded null byte"):
+    with pytest.raises(InputError, match=r"expected a directory to write to, got .*: .*embedded null"):
         tiny.trainer(tmp_path / "a\0b").fit()
 
 
