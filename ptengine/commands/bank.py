@@ -24,6 +24,7 @@ EXAMPLE = r"""  ptengine bank add --bank prompts --name phones --prompt out --da
 
 _CARRYING = ("v2v_lin", "relative_anchors", "projector")
 _BY_SHOTS = ("shot_loss", "mmd", "proxy_a_distance")
+_BY_PROMPT = ("mean_token_cosine", "token_cosine")
 _OF_SHOTS = ("template", "label_words", "text_column", "text_pair_column", "label_column", "max_length", "truncation")
 
 
@@ -151,9 +152,9 @@ def _search(args: argparse.Namespace) -> Outcome:
 
     measure = args.measure or ("shot_loss" if args.shots is not None else "mean_token_cosine")
     given = [name for name in ("shots", "prompt") if getattr(args, name) is not None]
-    if len(given) != 1 or (measure in _BY_SHOTS) != (given == ["shots"]):
+    if len(given) != 1 or measure not in {"shots": _BY_SHOTS, "prompt": _BY_PROMPT}[given[0]]:
         raise InputError(
-            f"expected --shots with {', '.join(_BY_SHOTS)}, or --prompt with mean_token_cosine or token_cosine, got "
+            f"expected --shots with {', '.join(_BY_SHOTS)}, or --prompt with {' or '.join(_BY_PROMPT)}, got "
             f"{' and '.join(f'--{name}' for name in given) or 'neither'} with {measure}"
         )
     if args.shots is None:
@@ -195,7 +196,9 @@ def _by_prompt(args: argparse.Namespace, measure: str) -> Any:
 
     bank = _bank(args.bank)
     session = open_prompt(args)
-    return bank.search(model=session.model, tokenizer=session.tokenizer, measure=measure, prompt=session.prompt)
+    return bank.search(
+        model=session.model, tokenizer=session.tokenizer, measure=measure, task=session.task, prompt=session.prompt
+    )  # the task: whose labels a prompt's head must have
 
 
 def _carry(args: argparse.Namespace) -> Outcome:

@@ -17,7 +17,7 @@ from ptengine.transfer.augmentation import Augmentation, augment
 from ptengine.transfer.bank import BankEntry, Match, PromptBank, Search
 from ptengine.transfer.bridging import BridgeResult, BridgeRound, bridge, nearest_words
 from ptengine.transfer.cards import DataFacts, PromptCard
-from ptengine.transfer.domains import maximum_mean_discrepancy, proxy_a_distance, text_embeddings
+from ptengine.transfer.domains import domain_embeddings, maximum_mean_discrepancy, proxy_a_distance
 from ptengine.transfer.ensemble import evaluate_ensemble, likelihood_weights
 from ptengine.transfer.guard import Decision
 from ptengine.transfer.identity import BackboneIdentity, identify
@@ -56,6 +56,7 @@ __all__ = [
     "augment",
     "bridge",
     "carry_prompt",
+    "domain_embeddings",
     "domain_terms",
     "evaluate_ensemble",
     "identify",
@@ -69,7 +70,6 @@ __all__ = [
     "shared_tokens",
     "steps_to_reach",
     "task_vector_cosine",
-    "text_embeddings",
     "token_cosine",
     "transfer",
     "transfer_measures",

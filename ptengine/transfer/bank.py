@@ -40,7 +40,7 @@ from ptengine.training.folders import clean_leftovers, exclusive, write_folder
 from ptengine.training.preparation import DataSource, check_own_head, check_prompt
 from ptengine.transfer.arithmetic import form_of
 from ptengine.transfer.cards import PromptCard, checked_metrics, data_facts
-from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_texts, text_embeddings
+from ptengine.transfer.domains import DOMAIN_MEASURES, domain_distance, domain_embeddings, domain_texts
 from ptengine.transfer.identity import BackboneIdentity, identify
 from ptengine.transfer.similarity import PROMPT_MEASURES, prompt_similarity, require_finite, shot_metrics
 
@@ -180,8 +180,8 @@ class PromptBank:
             prompt: the tuned prompt; of a task with a trained head a `HeadedPrompt`.
             model, tokenizer: what it was tuned with; recorded by content.
             task: what it was tuned for.
-            data: what it was tuned on; recorded by name, hash and number of rows, and by the model's embeddings of the
-                first 200 texts, for distances between domains (none of an encoder-decoder, which embeds no text alone).
+            data: what it was tuned on; recorded by name, hash and number of rows, and by the model's embeddings of 200
+                texts at most, for distances between domains (none of an encoder-decoder, which embeds no text alone).
             metrics: what it scored, name to finite number.
             initial: its first numbers P0, kept for task vectors.
             derived_from: the entries it was transferred from.
@@ -211,7 +211,7 @@ class PromptBank:
                 require_finite(one)
         domain = None
         if data is not None and backbone_spec(model).kind != "seq2seq":
-            domain = text_embeddings(model, tokenizer, domain_texts(data, task))
+            domain = domain_embeddings(model, tokenizer, domain_texts(data, task))
         card = PromptCard(
             name=name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -346,7 +346,7 @@ class PromptBank:
         if measure in DOMAIN_MEASURES:
             assert task is not None
             assert shots is not None
-            wanted = text_embeddings(model, tokenizer, domain_texts(shots, task))
+            wanted = domain_embeddings(model, tokenizer, domain_texts(shots, task))
         matches, refused = [], {}
         for entry in entries:
             reason = entry.card.refusal(present, task)

@@ -1,5 +1,6 @@
 """Bridging to a target in rounds: words are generated, embedded as soft prompts, optimised together, and selected.
 
+    output_dir/plan.json                   what the run starts from; going on with another one is refused
     output_dir/round-<i>/<candidate>/      the runs of a round, which share every batch
     output_dir/prompt/, bridge.json        the best prompt of all rounds, and what every round found
 
@@ -23,7 +24,7 @@ from ptengine.data import ClassificationTask, load_rows, named_rows
 from ptengine.data.sources import name_of
 from ptengine.data.tasks import row_labels
 from ptengine.errors import InputError, TrainingDiverged
-from ptengine.files import write_json_atomic
+from ptengine.files import make_directory, write_json_atomic
 from ptengine.prompts import SoftPrompt
 from ptengine.prompts.base import Prompt
 from ptengine.prompts.facts import embedding_scale
@@ -31,8 +32,9 @@ from ptengine.training import PromptSet, Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.preparation import DataSource, check_prompt
 from ptengine.transfer.arithmetic import start_from
-from ptengine.transfer.bank import check_name
+from ptengine.transfer.bank import check_name, weights_sha256
 from ptengine.transfer.guard import SCRATCH, folds
+from ptengine.transfer.run import hold_plan
 from ptengine.transfer.similarity import shot_metrics
 from ptengine.transfer.words import PromptWord, domain_terms, words_prompt
 
@@ -113,10 +115,11 @@ def bridge(
         sources: name, as in a bank, to a prompt of this backbone, of any length, that is or folds to a `SoftPrompt`.
         num_virtual_tokens: of prompts that are embedded.
         rounds, samples, keep: whole numbers of at least 1; `samples` may be 0.
-        resume: go on in an `output_dir` that holds such a run.
+        resume: go on in an `output_dir` that holds such a run; `rounds` may be another number.
 
     Raises:
-        InputError: what does not fit, before any training; every candidate diverged; as `PromptSet`.
+        InputError: what does not fit, before any training; words, prompts or settings that differ from those of the run
+            to go on with; every candidate diverged; as `PromptSet`.
     """
     counts = {"num_virtual_tokens": num_virtual_tokens, "rounds": rounds, "keep": keep, "samples": samples}
     for name, value in counts.items():
@@ -137,10 +140,18 @@ def bridge(
     pool = work.pool(texts, background)
     tried: set[tuple[str, ...]] = set()
     candidates, words = work.first(pool, sources or {}, samples, tried)
+    plan = {
+        "keep": keep,
+        "terms": {name: [word.text for word in some] for name, some in pool.items()},
+        "starts": {name: weights_sha256(prompt.fold()) for name, prompt in candidates.items()},
+    }
     history: list[BridgeRound] = []
     best: tuple[float, int, str, Prompt] | None = None
     for number in range(rounds):
-        losses = work.optimized(candidates, number, resume)
+        together = work.together(candidates, number)
+        if number == 0:
+            hold_plan(make_directory(training.output_dir) / "plan.json", plan, resume)
+        losses = work.optimized(candidates, together, resume)
         order = sorted(losses, key=lambda name: (losses[name], name))
         history.append(BridgeRound(losses, words, order[:keep]))
         if best is None or losses[order[0]] < best[0]:
@@ -228,7 +239,9 @@ class _Work:
             read = nearest_words(self.model, self.tokenizer, prompt)
             rest = [word.text for word in pool["log_odds"] if word.text not in read]
             again, some = f"{name}-read", [*read, *rest][: self.count]
-            if again not in survivors and _new(some, tried):
+            while again in survivors or again in candidates:
+                again += "-read"
+            if _new(some, tried):
                 words[again] = some
                 candidates[again] = self.embedded(some)
         return candidates, words
@@ -236,8 +249,8 @@ class _Work:
     def embedded(self, words: Sequence[str]) -> SoftPrompt:
         return words_prompt(self.model, self.tokenizer, words, self.count, seed=self.training.seed)
 
-    def optimized(self, candidates: Mapping[str, Prompt], number: int, resume: bool) -> dict[str, float]:
-        """Train all candidates in one batch a step; name to loss on the held-back rows."""
+    def together(self, candidates: Mapping[str, Prompt], number: int) -> PromptSet:
+        """All candidates of a round, in one batch a step."""
         folder = Path(self.training.output_dir) / f"round-{number}"
         members = [
             Trainer(
@@ -246,7 +259,11 @@ class _Work:
             )
             for name, prompt in candidates.items()
         ]  # fmt: skip
-        result = PromptSet(members, folder).fit(resume=resume)
+        return PromptSet(members, folder)
+
+    def optimized(self, candidates: Mapping[str, Prompt], together: PromptSet, resume: bool) -> dict[str, float]:
+        """Train all candidates; name to loss on the held-back rows."""
+        result = together.fit(resume=resume)
         options = evaluation_options(self.training)
         losses = {
             name: shot_metrics(self.model, self.tokenizer, self.task, self.held, prompt, **options)["loss"]
@@ -254,7 +271,9 @@ class _Work:
             if not isinstance(run, TrainingDiverged)
         }
         if not losses:
-            raise InputError(f"expected a candidate that can be trained, but all of round {number} diverged")
+            raise InputError(
+                f"expected a candidate that can be trained, but all in {str(together.output_dir)!r} diverged"
+            )
         return losses
 
 

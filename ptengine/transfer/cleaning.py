@@ -119,10 +119,17 @@ class CleaningReport:
 
 @dataclass(frozen=True)
 class Cleaned:
-    """Attributes: `rows`, with the named columns only, in the source's order; and the `report`."""
+    """Attributes: `rows`, with the named columns only, in the source's order; the `numbers` they have there, from 0;
+    and the `report`."""
 
     rows: list[Row]
+    numbers: list[int]
     report: CleaningReport
+
+    @property
+    def places(self) -> list[str]:
+        """How errors name each row, so that it is found in the source."""
+        return [place(self.report.source, number) for number in self.numbers]
 
 
 def clean(
@@ -183,7 +190,7 @@ def clean(
         labels_after=_counts([row[label_column] for _, row in kept] if label_column else []),
         longest=max(len(row[column]) for _, row in kept for column in text_columns),
     )
-    return Cleaned([row for _, row in kept], report)
+    return Cleaned([row for _, row in kept], [number for number, _ in kept], report)
 
 
 def text_key(row: Mapping[str, Any], text_columns: Sequence[str]) -> tuple[str, ...]:

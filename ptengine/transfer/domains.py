@@ -7,7 +7,6 @@ sets of vectors; no prompt and no bank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -26,14 +25,15 @@ __all__ = [
     "DOMAIN_MEASURES",
     "LEAST_TEXTS",
     "domain_distance",
+    "domain_embeddings",
     "domain_texts",
     "maximum_mean_discrepancy",
     "proxy_a_distance",
-    "text_embeddings",
+    "texts_of",
 ]
 
 MOST_TEXTS = 200
-"""Texts that stand for a domain in a bank: the first of its rows."""
+"""Texts that stand for a domain in a bank; of more, as many at even distances, since files are often sorted."""
 
 MOST_TOKENS = 128
 BATCH = 32
@@ -41,7 +41,14 @@ _FOLDS = 5
 
 
 def domain_texts(data: DataSource, task: Task) -> list[str]:
-    """The first `MOST_TEXTS` texts of `data` that are not blank, without their answers, which need not be there.
+    """The texts of `data` that stand for its domain, `MOST_TEXTS` of `texts_of` at most; raises as it does."""
+    texts = texts_of(data, task)
+    count = min(len(texts), MOST_TEXTS)
+    return [texts[i * len(texts) // count] for i in range(count)]
+
+
+def texts_of(data: DataSource, task: Task) -> list[str]:
+    """The texts of `data` that are not blank, without their answers, which need not be there.
 
     The columns of a row are joined with line breaks, words with blanks; a null is no text.
 
@@ -51,8 +58,9 @@ def domain_texts(data: DataSource, task: Task) -> list[str]:
     name = name_of(data, "rows")
     dataset, columns = load_rows(data, name=name), task.text_columns
     check_columns(dataset, columns, name)
-    texts = ("\n".join(_text(row[column]) for column in columns) for row in dataset.with_format(None))
-    return list(islice((text for text in texts if text.strip()), MOST_TEXTS))
+    rows = dataset.select_columns([*dict.fromkeys(columns)]).with_format(None)
+    texts = ("\n".join(_text(row[column]) for column in columns) for row in rows)
+    return [text for text in texts if text.strip()]
 
 
 def _text(value: Any) -> str:
@@ -62,7 +70,7 @@ def _text(value: Any) -> str:
 
 
 @torch.no_grad()
-def text_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
+def domain_embeddings(model: Any, tokenizer: Any, texts: Sequence[str]) -> Tensor:
     """The mean of the frozen model's last hidden states over each text's tokens: fp32 [n, d] on the CPU.
 
     No prompt, no template; texts are cut to `MOST_TOKENS` tokens.

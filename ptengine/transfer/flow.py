@@ -24,6 +24,7 @@ from typing import Any
 from ptengine.backbone.spec import backbone_spec
 from ptengine.checks import check_whole
 from ptengine.data import LabelledTask, VerbalizedTask
+from ptengine.data.cells import place
 from ptengine.data.serialization import task_to_json
 from ptengine.errors import InputError, TrainingDiverged
 from ptengine.files import make_directory, write_json_atomic, write_together
@@ -38,7 +39,7 @@ from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, check_name, weights_sha256
 from ptengine.transfer.cleaning import Cleaning, CleaningReport, text_key
-from ptengine.transfer.domains import domain_texts
+from ptengine.transfer.domains import domain_texts, texts_of
 from ptengine.transfer.evaluation import Judged, baselines, judge
 from ptengine.transfer.flow_data import FlowData, Rows, prepared
 from ptengine.transfer.guard import SCRATCH, folds
@@ -56,6 +57,9 @@ FROZEN = "frozen model"
 POOLED = "pooled"
 CURVE_ROWS = 100
 """Test rows, drawn by the seed, of the learning curves, which decide nothing."""
+
+BACKGROUND_TEXTS = 2000
+"""Texts of all sources, drawn by the seed, that the target's domain terms stand out from."""
 
 _HELD_SHARE, _MOST_HELD = 0.2, 200
 
@@ -173,7 +177,7 @@ def run_flow(
     if settings.pool_sources:
         if len(sources) < 2:
             raise InputError(f"expected at least two sources to pool, got {len(sources)}")
-        data = replace(data, sources={POOLED: data.together})
+        data = data.pooled(POOLED)
         files |= data.files()
     work.check(data, banked)
     _check_clean(output / "clean", files)
@@ -241,7 +245,7 @@ def _stages(
         if not isinstance(task, VerbalizedTask)
         else prompt_adaptivity(
             model, tokenizer, task.template, domain_texts(data.shots, task), prompts,
-            background=domain_texts(data.together, work.source_task) if data.sources else (),
+            background=work.background(data.together),
         ),
         left_out=left_out,
         uncontrolled=uncontrolled,
@@ -261,9 +265,10 @@ def _check_clean(folder: Path, files: Mapping[str, bytes]) -> None:
 
 
 def _hold_prompts(path: Path, sources: Sequence[str], banked: Sequence[BankEntry], settings: FlowSettings) -> None:
-    """Note which prompts a new run starts from, or require those of the run to go on with, before its bank changes."""
-    told = ("pool_sources", "method", "num_virtual_tokens", "init", "source_steps", "source_learning_rate")
-    now: dict[str, Any] = {"sources": sorted(sources), **{name: getattr(settings, name) for name in told}}
+    """Note which prompts a new run starts from, and whether it has a control, or require those of the run to go on
+    with, before its bank changes."""
+    told = ("pool_sources", "control", "method", "num_virtual_tokens", "init", "source_steps", "source_learning_rate")
+    now: dict[str, Any] = {"sources": [*sources], **{name: getattr(settings, name) for name in told}}
     now["bank"] = {entry.name: weights_sha256(entry.read()[0]) for entry in banked}
     if path.is_file():
         require_same_plan(path, now)
@@ -340,13 +345,24 @@ class _Work:
             texts[name] = 0 if spec.kind == "seq2seq" else len(rows) - _held_rows(name, rows)
             starts[name] = first
         require_comparable(self.settings.strategy, texts, starts, min(len(kept) for kept, _ in parts))
-        named = [(self.task, "shots", data.shots), (self.task, "test", data.test)]
-        if data.unlabelled is not None:
-            named.append((self.task, "unlabelled", unlabelled_rows(self.task, data.unlabelled)))
-        named += [(self.source_task, f"source {name}", rows) for name, rows in data.sources.items()]
-        limits: dict[str, Any] = {"max_length": self.training.max_length, "truncation": self.training.truncation}
-        for task, name, rows in named:
-            encode(task, rows, self.tokenizer, fresh, spec, name=f"{name} after cleaning", **limits)
+        for name, rows in data.named.items():
+            task = self.source_task if name.startswith("source-") else self.task
+            asked = unlabelled_rows(task, rows) if name == "unlabelled" else rows
+            self.check_rows(task, asked, name, data.places[name], fresh)
+
+    def check_rows(self, task: LabelledTask, rows: Rows, name: str, places: Sequence[str], prompt: Prompt) -> None:
+        """Refuse rows that `task` cannot encode beside `prompt`, by their places in the files of before cleaning."""
+        try:
+            encode(
+                task, rows, self.tokenizer, prompt, backbone_spec(self.model), name=name,
+                max_length=self.training.max_length, truncation=self.training.truncation,
+            )  # fmt: skip
+        except InputError as error:
+            for index, where in enumerate(places):
+                after = str(error).removeprefix(place(name, index))
+                if after != str(error):
+                    raise InputError(where + after) from None
+            raise
 
     def of_target(self, folder: Path) -> TrainingConfig:
         """The runs on the target, with curves."""
@@ -356,6 +372,13 @@ class _Work:
     def curve_rows(self, test: Rows) -> Rows:
         """Drawn, since files are often sorted by label."""
         return test if len(test) <= CURVE_ROWS else random.Random(self.training.seed).sample(test, CURVE_ROWS)
+
+    def background(self, rows: Rows) -> list[str]:
+        """What the target's domain terms stand out from, whatever the order of the sources that `rows` come from."""
+        texts = sorted(texts_of(rows, self.source_task)) if rows else []
+        if len(texts) <= BACKGROUND_TEXTS:
+            return texts
+        return random.Random(self.training.seed).sample(texts, BACKGROUND_TEXTS)
 
     def check_target(self, data: FlowData, folder: Path) -> None:
         """Refuse to take the sources up again for a transfer that was asked for differently."""

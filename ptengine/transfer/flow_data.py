@@ -6,7 +6,7 @@ Knows files and tasks; no prompt and no model.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +24,8 @@ Rows = list[dict[str, Any]]
 @dataclass(frozen=True)
 class FlowData:
     """Attributes: clean rows of every source, and of all `together`; the target's shots, the test, unlabelled texts if
-    any; the reports."""
+    any; the reports; and, for each of `named` and for ``"together"``, how errors call its rows: by file and row there.
+    """
 
     sources: dict[str, Rows]
     together: Rows
@@ -32,18 +33,24 @@ class FlowData:
     test: Rows
     unlabelled: Rows | None
     reports: list[CleaningReport]
+    places: Mapping[str, Sequence[str]]
+
+    def pooled(self, name: str) -> FlowData:
+        """The same with one source of that name instead, of all sources' rows."""
+        places = {**self.places, f"source-{name}": self.places["together"]}
+        return replace(self, sources={name: self.together}, places=places)
+
+    @property
+    def named(self) -> dict[str, Rows]:
+        """All rows, by the name of their file in `clean/`."""
+        sources = {f"source-{name}": rows for name, rows in self.sources.items()}
+        unlabelled = {} if self.unlabelled is None else {"unlabelled": self.unlabelled}
+        return {"shots": self.shots, "test": self.test, **sources, **unlabelled}
 
     def files(self) -> dict[str, bytes]:
         """What lies in `clean/`."""
-        named = {
-            "shots": self.shots,
-            "test": self.test,
-            **{f"source-{name}": rows for name, rows in self.sources.items()},
-        }
-        if self.unlabelled is not None:
-            named["unlabelled"] = self.unlabelled
         files = {
-            f"{name}.jsonl": b"".join(json_bytes(row, indent=None) for row in rows) for name, rows in named.items()
+            f"{name}.jsonl": b"".join(json_bytes(row, indent=None) for row in rows) for name, rows in self.named.items()
         }
         return files | {"cleaning.json": json_bytes([report.to_json() for report in self.reports])}
 
@@ -85,35 +92,39 @@ def prepared(
         held = cleaned(test, task, plain, [], "test")
         shots = cleaned(target, task, drawn, held.rows, "target")
         reports += [shots.report, held.report]
-        judged = held.rows
+        shot_places, judged = shots.places, [*zip(held.rows, held.places, strict=True)]
     else:
         whole = cleaned(target, task, plain, [], "target")
         # Only drawn: text that is cut and cleaned once more may change, and would not be told from that of the test.
         drawn = replace(drawn, normalization="none", max_characters=None, too_long="drop")
         shots = cleaned(whole.rows, task, drawn, [], "target shots")
-        taken = {tuple(row.items()) for row in shots.rows}
-        judged = [row for row in whole.rows if tuple(row.items()) not in taken]
+        placed, taken = [*zip(whole.rows, whole.places, strict=True)], {*shots.numbers}
+        shot_places = [placed[number][1] for number in shots.numbers]
+        judged = [row for number, row in enumerate(placed) if number not in taken]
         reports += [whole.report, shots.report]
         if not judged:
             raise InputError("expected a test file, or more target rows than shots to test on, got neither")
     if test_rows is not None and len(judged) > test_rows:
         judged = random.Random(seed).sample(judged, test_rows)
-    apart = [*judged, *shots.rows]
+    test_data = [row for row, _ in judged]
+    places = {"shots": shot_places, "test": [where for _, where in judged]}
+    apart = [*test_data, *shots.rows]
     ready: dict[str, Rows] = {}
     for name, data in sources.items():
         found = cleaned(data, source_task, cleaning, apart, name)
         reports.append(found.report)
-        ready[name] = found.rows
+        ready[name], places[f"source-{name}"] = found.rows, found.places
     together = [row for rows in ready.values() for row in rows]
+    places["together"] = [where for name in ready for where in places[f"source-{name}"]]
     if at_once and len(ready) > 1:
         found = cleaned(together, source_task, replace(cleaning, per_label=None), [], "all sources together")
         reports.append(found.report)
-        together = found.rows
+        together, places["together"] = found.rows, [places["together"][number] for number in found.numbers]
     texts = None
     if unlabelled is not None:
         found = clean(
             unlabelled, text_columns=task.text_columns, settings=plain, apart_from=apart, name="unlabelled",
         )  # fmt: skip
         reports.append(found.report)
-        texts = found.rows
-    return FlowData(ready, together, shots.rows, judged, texts, reports)
+        texts, places["unlabelled"] = found.rows, found.places
+    return FlowData(ready, together, shots.rows, test_data, texts, reports, places)

@@ -34,7 +34,7 @@ from ptengine.transfer.procedure import Procedure, Rows, scratch_rate
 from ptengine.transfer.self_training import Taught, unlabelled_rows
 from ptengine.transfer.strategies import Guard, Strategy
 
-__all__ = ["TransferResult", "require_same_plan", "transfer"]
+__all__ = ["TransferResult", "hold_plan", "require_same_plan", "transfer"]
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ def transfer(
     procedure.check(rows, eval_data, min([len(rows), *(len(kept) for kept, _ in parts)]))
     output = make_directory(training.output_dir)
     with exclusive(output), settled_objects():  # once for all runs
-        _hold_plan(output / "plan.json", procedure.plan(rows), resume)
+        hold_plan(output / "plan.json", procedure.plan(rows), resume)
         decision = None
         untaught: dict[str, str] = {}
         if guard is not None:
@@ -196,7 +196,7 @@ def transfer(
     return result
 
 
-def _hold_plan(path: Path, plan: dict[str, Any], resume: bool) -> None:
+def hold_plan(path: Path, plan: dict[str, Any], resume: bool) -> None:
     """Write the plan of a new run, or require that of the run to go on with to be equal."""
     found = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
     if not path.is_file():

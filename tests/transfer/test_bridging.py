@@ -15,7 +15,7 @@ import torch
 from ptengine.errors import InputError
 from ptengine.prompts import SoftPrompt, load_prompt
 from ptengine.training import TrainingConfig, evaluate
-from ptengine.transfer import bridge, nearest_words, words_prompt
+from ptengine.transfer import bridge, bridging, nearest_words, words_prompt
 from ptengine.transfer.guard import folds
 
 CONFIG = TrainingConfig(
@@ -121,3 +121,32 @@ def test_bad_input_is_refused_before_anything_is_written(tiny: ModuleType, tmp_p
         with pytest.raises(InputError, match=words):
             run(tiny, tmp_path / "out", **more)
         assert not (tmp_path / "out").exists(), words
+
+
+def test_other_words_and_sources_were_taken_up_as_those_of_before(tiny: ModuleType, tmp_path: Path) -> None:
+    """A run that was done said the new words of the old prompts."""
+    model, folder = tiny.gpt2(dropout=0.0), tmp_path / "out"
+    settings = {"rounds": 1, "samples": 0}
+    result, *_ = run(tiny, folder, **settings)
+    other = {"texts": ["book book meal meal room room"], "background": ["film", "song"]}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"sources": {"other": tiny.soft(model, 6)}}, r"expected starts\.other='\w+' as in"),
+        (other, r"expected terms\.log_odds=\['film', .* got \['book', "),
+        ({"keep": 1}, "expected keep=2 as in"),
+    ]
+    for more, words in cases:
+        with pytest.raises(InputError, match=words):
+            run(tiny, folder, resume=True, **(settings | more))
+    again, *_ = run(tiny, folder, resume=True, rounds=2, samples=0)
+    assert again.rounds[0] == result.rounds[0]
+
+
+def test_a_survivor_was_not_read_where_an_earlier_reading_of_it_survived_too(tiny: ModuleType, tmp_path: Path) -> None:
+    """The new candidate would have had its name."""
+    model, tokens = tiny.gpt2(dropout=0.0), tiny.tokenizer()
+    work = bridging._Work(model, tokens, tiny.words_task(), replace(CONFIG, output_dir=str(tmp_path)), [], [], 2)
+    made = {"a": ["song", "great"], "a-read": ["film", "walk"], "a-read-read": ["film", "walk"]}
+    survivors = {name: words_prompt(model, tokens, words, 2) for name, words in made.items()}
+    _, words = work.following(survivors, {"log_odds": []}, set())
+    assert sorted(words.values()) == [["film", "walk"], ["song", "great"]]
+    assert not words.keys() & survivors.keys()

@@ -15,7 +15,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from ptengine.backbone import is_patched
 from ptengine.data import EmbeddingTask, QuestionAnsweringTask, Task, TokenClassificationTask
 from ptengine.errors import InputError, UnsupportedModelError
-from ptengine.transfer import PromptBank, maximum_mean_discrepancy, proxy_a_distance, text_embeddings
+from ptengine.transfer import PromptBank, domain_embeddings, maximum_mean_discrepancy, proxy_a_distance
 from ptengine.transfer.domains import domain_texts
 
 
@@ -27,7 +27,7 @@ def normal(seed: int, count: int = 40, shift: float = 0.0) -> torch.Tensor:
 def test_embeddings_are_means_of_the_stock_hidden_states(tiny: ModuleType, kind: str) -> None:
     model, tokens = getattr(tiny, kind)().eval(), tiny.tokenizer()
     texts = [row["text"] for row in tiny.rows(40, 1)]  # two batches
-    found = text_embeddings(model, tokens, texts)
+    found = domain_embeddings(model, tokens, texts)
     assert not is_patched(model)
     for text, vector in zip(texts, found, strict=True):
         with torch.no_grad():
@@ -36,11 +36,11 @@ def test_embeddings_are_means_of_the_stock_hidden_states(tiny: ModuleType, kind:
         # fp32 through two layers of width 16
         assert torch.allclose(vector, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)
     long = "fine " * 200
-    assert torch.equal(text_embeddings(model, tokens, [long]), text_embeddings(model, tokens, [long + long]))
+    assert torch.equal(domain_embeddings(model, tokens, [long]), domain_embeddings(model, tokens, [long + long]))
     with pytest.raises(InputError, match="text 1: expected at least one token"):
-        text_embeddings(model, tokens, ["fine", ""])
+        domain_embeddings(model, tokens, ["fine", ""])
     with pytest.raises(InputError, match="at least one text"):
-        text_embeddings(model, tokens, [])
+        domain_embeddings(model, tokens, [])
 
 
 def test_mmd_is_the_plain_sum_over_pairs() -> None:
@@ -88,7 +88,7 @@ def test_a_bank_knows_which_texts_lie_near(tiny: ModuleType, tmp_path: Path) -> 
         bank.add(name, tiny.soft(model, 1), data=data, **asked)
     card = bank.entry("near").card
     assert card.domain_texts == len(near)
-    assert torch.equal(bank.entry("near").domain(), text_embeddings(model, tokens, [row["text"] for row in near]))
+    assert torch.equal(bank.entry("near").domain(), domain_embeddings(model, tokens, [row["text"] for row in near]))
     shots = [{"text": f"film {word} very"} for word in tiny.OTHER]
     for measure in ("mmd", "proxy_a_distance"):
         found = bank.search(measure=measure, shots=shots, **asked)
@@ -121,6 +121,14 @@ def test_texts_of_tasks_without_a_template_were_an_attribute_error(
     assert domain_texts([row, dict.fromkeys(row)], task) == texts  # a row of nulls alone has none
 
 
+def test_texts_of_a_sorted_file_were_those_of_its_first_label(tiny: ModuleType) -> None:
+    rows = [{"text": f"film {i}", "label": "pos" if i < 250 else "neg"} for i in range(500)]
+    texts = domain_texts(rows, tiny.words_task())
+    assert len(set(texts)) == 200
+    assert sum(text in {row["text"] for row in rows[:250]} for text in texts) == 100
+    assert domain_texts(rows[:3], tiny.words_task()) == ["film 0", "film 1", "film 2"]
+
+
 def test_a_file_without_the_column_is_called_by_its_name(tiny: ModuleType, tmp_path: Path) -> None:
     """It was called "rows"."""
     path = tmp_path / "wrap.json"
@@ -139,7 +147,7 @@ def test_an_encoder_decoder_embeds_no_text_alone(tiny: ModuleType, tmp_path: Pat
     )  # fmt: skip
     tokens = tiny.tokenizer()
     with pytest.raises(UnsupportedModelError, match="embeds no text alone"):
-        text_embeddings(model, tokens, ["film"])
+        domain_embeddings(model, tokens, ["film"])
     prompt = tiny.soft(model)
     entry = PromptBank(tmp_path).add(
         "t5", prompt, model=model, tokenizer=tokens, task=tiny.words_task(), data=tiny.rows(3)
@@ -149,7 +157,7 @@ def test_an_encoder_decoder_embeds_no_text_alone(tiny: ModuleType, tmp_path: Pat
 
 def test_an_encoder_embeds_too(tiny: ModuleType) -> None:
     model, tokens = tiny.bert().eval(), tiny.tokenizer(special=True)
-    (found,) = text_embeddings(model, tokens, ["film song"])
+    (found,) = domain_embeddings(model, tokens, ["film song"])
     with torch.no_grad():
         hidden = model.bert(torch.tensor([tokens("film song")["input_ids"]])).last_hidden_state[0]
     assert torch.allclose(found, hidden.mean(dim=0), rtol=1e-4, atol=1e-5)

@@ -386,8 +386,53 @@ def test_scratch_without_an_error_left_a_run_without_a_report(done: tuple[Any, P
     assert measures["wins"]["value"] == 0
 
 
+def test_a_text_that_is_too_long_was_named_by_its_row_after_cleaning(tiny: ModuleType, tmp_path: Path) -> None:
+    """The row of the file is what one looks for."""
+    long, blank = {"text": "film " * 60, "label": "pos"}, {"text": "", "label": "pos"}
+    target = tiny.rows(40, 2)
+    with_rows = {
+        "a": {"sources": {"a": [blank, *tiny.rows(20, 0)[:5], long, *tiny.rows(20, 0)[5:]]}},
+        "test": {"test": [blank, *target[30:34], blank, long]},
+        "target": {"target": [blank, blank, *target[:4], long, *target[4:6]], "test": None},
+        "unlabelled": {"unlabelled": [*tiny.rows(5, 4), blank, long]},
+    }
+    settings = replace(SETTINGS, shots=None, strategy=Strategy(self_train=SelfTrain(0.5)))
+    for name, more in with_rows.items():
+        how = settings if name == "unlabelled" else replace(SETTINGS, shots=2 if name == "target" else 4)
+        with pytest.raises(InputError, match=rf"^{name}, row 6 \(counting from 0\): expected at most"):
+            run(tiny, tmp_path, how, **more)
+    both = {"a": tiny.rows(20, 0), "b": [blank, long, *tiny.rows(20, 1)]}
+    with pytest.raises(InputError, match=r"^b, row 1 \(counting from 0\): expected at most"):
+        run(tiny, tmp_path, replace(SETTINGS, pool_sources=True), sources=both)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_run_went_on_with_or_without_another_s_control(
+    done: tuple[Any, Path], tiny: ModuleType, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(done[1], cut)
+    with pytest.raises(InputError, match=r"expected control=True as in the transfer in .*, got False"):
+        run(tiny, cut, replace(SETTINGS, control=False))
+
+
 class Stopped(Exception):
     pass
+
+
+def test_domain_terms_stood_out_from_the_first_source_alone(
+    tiny: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two hundred texts of all sources were those of the first."""
+
+    def noted(*_: Any, background: list[str], **__: Any) -> Any:
+        raise Stopped(background)
+
+    monkeypatch.setattr("ptengine.transfer.flow.prompt_adaptivity", noted)
+    sources = {name: [{"text": f"{name} {i}", "label": "pos"} for i in range(210)] for name in ("film", "meal")}
+    with pytest.raises(Stopped) as stopped:
+        run(tiny, tmp_path, replace(SETTINGS, control=False, source_steps=1), sources=sources)
+    assert stopped.value.args == (sorted(row["text"] for rows in sources.values() for row in rows),)
 
 
 def test_curves_were_of_one_label_where_the_test_is_sorted(
