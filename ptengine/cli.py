@@ -186,10 +186,14 @@ def _termination() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Warnings as one line each, without the source line they came from."""
+    """Warnings as one line each, without the source line they came from, and each line once."""
+    shown: set[str] = set()
 
     def show(message: Any, *rest: Any, **more: Any) -> None:
-        print(f"warning: {' '.join(str(message).splitlines())}", file=sys.stderr)
+        line = f"warning: {' '.join(str(message).splitlines())}"
+        if line not in shown:
+            shown.add(line)
+            print(line, file=sys.stderr)
 
     with warnings.catch_warnings():
         warnings.showwarning = show

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from ptengine.commands import Outcome
-from ptengine.commands.options import number, seed, whole
+from ptengine.commands.options import flag, number, require, seed, whole
 from ptengine.commands.session import Session, add_prompt_argument, add_session_arguments, open_prompt
 from ptengine.errors import InputError
 
@@ -52,11 +52,9 @@ def run(args: argparse.Namespace) -> Outcome:
     if session.task.kind in ("generation", "seq2seq"):
         texts = _write(session, dataset, source, args.batch_size, args.seed or 0, sampling)
     else:
-        unused = [
-            f"--{name.replace('_', '-')}" for name in (*sampling, "seed") if sampling.get(name) or getattr(args, name)
-        ]
-        if unused:
-            raise InputError(f"expected {unused[0]} for a generation task only, got a task of {session.task.kind}")
+        if sampling:
+            unused = flag(next(iter(sampling)))
+            raise InputError(f"expected {unused} for a generation task only, got a task of {session.task.kind}")
         texts = _label(session, dataset, source, args.batch_size)
     return Outcome({"command": "generate", "prompt": args.prompt, "texts": texts}, tuple(texts))
 
@@ -65,11 +63,10 @@ def _writing_options(args: argparse.Namespace) -> dict[str, Any]:
     """Arguments of transformers' generate that were given."""
     for name, high in (("temperature", float("inf")), ("top_p", 1.0)):
         value = getattr(args, name)
-        option = f"--{name.replace('_', '-')}"
         if value is not None and not 0 < value <= high:
-            raise InputError(f"expected {option} above 0{' and at most 1' if high == 1 else ''}, got {value}")
-        if value is not None and not args.do_sample:
-            raise InputError(f"expected --do-sample with {option}, got {option} alone")
+            raise InputError(f"expected {flag(name)} above 0{' and at most 1' if high == 1 else ''}, got {value}")
+    if not args.do_sample:
+        require(args, "--do-sample", "temperature", "top_p", "seed")
     return {name: getattr(args, name) for name in _WRITING if getattr(args, name) not in (None, False)}
 
 
@@ -102,7 +99,6 @@ def _rows(args: argparse.Namespace, session: Session) -> Dataset:
 
 def _text_columns(session: Session) -> tuple[str, ...]:
     """The columns of a row that are there before its answer is known."""
-
     if session.task.kind == "embedding":
         raise InputError("expected a task with an answer, got one of embeddings: ptengine.embed gives those in Python")
     return session.task.text_columns

@@ -236,13 +236,12 @@ def _run_lines(data: dict[str, Any]) -> list[str]:
 
 
 def _end_lines(output: str, data: dict[str, Any], task: Task) -> list[str]:
-
     lines = []
     for name, metrics in (("eval", data["metrics"]), ("test", data.get("test", {}).get("metrics", {}))):
         if metrics:
             lines.append(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in metrics.items()))
     if data["prompt"] is not None:
         lines.append(f"next: ptengine eval --prompt {output} --data FILE")
-        if not task.trains_head and task.kind != "embedding":
+        if task.kind != "embedding":
             lines.append(f"      ptengine generate --prompt {output} --data FILE")
     return lines

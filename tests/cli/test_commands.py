@@ -259,6 +259,16 @@ def test_sequence_classification_keeps_the_head(world: Any, call: Callable[..., 
     assert call("generate", "--prompt", output, "--text", "it was fine", "--json").json["texts"][0] in ("good", "bad")
 
 
+def test_tune_with_a_head_did_not_say_that_generate_labels_texts(
+    world: Any, call: Callable[..., Any], tmp_path: Path
+) -> None:
+    tuned = call(
+        "tune", "--model", world.bert, "--train", world.train, "--text-column", "text", "--num-virtual-tokens", "2",
+        "--max-steps", "1", "--output", tmp_path / "out", "--disable-tqdm",
+    )  # fmt: skip
+    assert tuned.out.splitlines()[-1] == f"      ptengine generate --prompt {tmp_path / 'out'} --data FILE"
+
+
 def test_tuning_again_gives_the_same_and_resuming_goes_on(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
     common = ("--lr-scheduler-type", "constant", "--json")
     whole = call(*world.tune(tmp_path / "whole", "--max-steps", "6", *common)).json

@@ -65,3 +65,9 @@ def test_texts_went_on_behind_the_ending_of_their_task(
     tune(call, world, home, tmp_path / "out")
     written = call("generate", "--prompt", tmp_path / "out", "--text", "fine", "--max-new-tokens", "5", "--json")
     assert written.json["texts"] == [tokenizer.decode([film])]
+
+
+def test_a_seed_of_no_sampling_did_nothing(world: Any, call: Callable[..., Any], tmp_path: Path) -> None:
+    tune(call, world, world.llama, tmp_path / "out")
+    refused = call("generate", "--prompt", tmp_path / "out", "--text", "fine", "--seed", "3", "--num-beams", "2")
+    assert (refused.status, refused.err) == (2, "error: expected --do-sample with --seed, got --seed alone\n")

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,23 @@ def test_output_that_the_terminal_cannot_show(encoding: str, monkeypatch: pytest
     assert json.loads(raw.getvalue().decode(encoding)) == data
     cli._print(Outcome(data, ("\u597d",), status=0), as_json=False)
     assert raw.getvalue().decode(encoding).splitlines()[-1] == ("\\u597d" if encoding == "ascii" else "\u597d")
+
+
+def test_a_warning_came_once_for_every_evaluation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever changes the filters makes Python forget what it has shown."""
+
+    def run(arguments: list[str]) -> int:
+        for text in ("2 of 8 rows were cut", "2 of 8 rows were cut", "another"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                warnings.warn(text, stacklevel=1)
+        return 0
+
+    monkeypatch.setattr(cli, "_run", run)
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().err == "warning: 2 of 8 rows were cut\nwarning: another\n"
 
 
 def test_a_full_disk_names_the_file(tmp_path: Path) -> None:
