@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ptengine.kernels.launch import nearest_architecture
 
-__all__ = ["Backward", "Forward", "architectures", "backward_tile", "forward_tile"]
+__all__ = ["Backward", "Forward", "architectures", "backward_tile", "forward_tile", "sources"]
 
 
 @dataclass(frozen=True)
@@ -150,6 +150,12 @@ def backward_tile(architecture: str, bits: int, dim: int, longest: int, plain: b
 def architectures() -> set[str]:
     """Those with entries of their own for half-precision elements."""
     return {known for known, bits, _ in _FORWARD if bits == 16}
+
+
+def sources(architecture: str) -> set[str]:
+    """Whose entries an architecture takes, each for some dtype, head dimension and direction."""
+    tables: tuple[Mapping[tuple[str, int, int], object], ...] = (_FORWARD, _BACKWARD)
+    return {_key(table, architecture, bits, dim)[0] for table in tables for _, bits, dim in table}
 
 
 def _key(table: Mapping[tuple[str, int, int], object], architecture: str, bits: int, dim: int) -> tuple[str, int, int]:

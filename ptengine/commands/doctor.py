@@ -65,23 +65,27 @@ def run(args: argparse.Namespace) -> Outcome:
 
 
 def tile_report(architecture: str) -> list[str]:
-    """One line per operation with a table of tiles: whose a GPU takes, another's where the table does not know it."""
+    """One line per operation with a table of tiles: whose a GPU takes, another's where the table has none for it."""
     from ptengine.kernels.launch import nearest_architecture
     from ptengine.kernels.linear_cross_entropy import tiles as of_loss
     from ptengine.kernels.prefix_attention import tiles as of_attention
     from ptengine.kernels.prefix_concat import tiles as of_concat
 
-    lines = []
-    tables = {"prefix_attention": of_attention, "prefix_concat": of_concat, "linear_cross_entropy": of_loss}
-    for op, tiles in tables.items():
-        taken = nearest_architecture(architecture, tiles.architectures())
-        why = (
-            "its own"
-            if taken == architecture
-            else f"those of {taken}, the nearest, since the table has none of its own"
-        )
-        lines.append(f"{op} on {architecture}: tiles {why}")
-    return lines
+    taken = {
+        "prefix_attention": of_attention.sources(architecture),
+        "prefix_concat": {nearest_architecture(architecture, of_concat.architectures())},
+        "linear_cross_entropy": {nearest_architecture(architecture, of_loss.architectures())},
+    }
+    return [f"{op} on {architecture}: tiles {_whose(architecture, sources)}" for op, sources in taken.items()]
+
+
+def _whose(architecture: str, sources: set[str]) -> str:
+    others = " and ".join(sorted(sources - {architecture}))
+    if not others:
+        return "its own"
+    if architecture in sources:
+        return f"its own, and those of {others} where the table has none of its own"
+    return f"those of {others}, the nearest, since the table has none of its own"
 
 
 def _version(package: str) -> str | None:

@@ -21,6 +21,9 @@ EXAMPLE = """  ptengine eval --prompt out --data test.jsonl
   ptengine eval --prompt out --ensemble out2 --ensemble out3 --weights-from held.jsonl --data test.jsonl"""
 
 
+_WRITING = ("max_new_tokens", "bleu_tokenizer")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_prompt_argument(parser)
     parser.add_argument("--data", metavar="FILE", required=True, help="rows to score: csv, json, jsonl or parquet")
@@ -39,20 +42,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--truncation", action="store_true", help="cut rows that are longer")
     parser.add_argument("--write-texts", action="store_true", help="generation: also write texts and score those")
     parser.add_argument("--max-new-tokens", type=whole(1), metavar="N", help="of a text written (default: 64)")
+    parser.add_argument(
+        "--bleu-tokenizer", metavar="NAME",
+        help="how BLEU splits the texts written: zh for Chinese, intl, char or 13a (default: 13a, at blanks)",
+    )  # fmt: skip
     parser.add_argument("--predictions", metavar="FILE", help="write one JSON line per row with its prediction")
     add_session_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Outcome:
     from ptengine.data import GenerationTask
+    from ptengine.data.metrics import check_bleu_tokenizer
     from ptengine.training import evaluate
 
     target = None if args.predictions is None else Path(args.predictions).absolute()
     if target is not None and (target.is_dir() or not target.parent.is_dir()):
         raise InputError(f"expected --predictions, a file in a folder that exists, got {args.predictions!r}")
     if not args.write_texts:
-        require(args, "--write-texts", "max_new_tokens")
-    _check_ensemble(args)
+        require(args, "--write-texts", "max_new_tokens", "bleu_tokenizer")
+    if args.bleu_tokenizer is not None:
+        check_bleu_tokenizer(args.bleu_tokenizer)
+    mixed = _ensemble_folders(args)
     session = open_prompt(args)
     if session.task.trains_head and args.hard_prompt_only:
         raise InputError("expected a task with a template for --hard-prompt-only, got one with a trained head")
@@ -61,8 +71,8 @@ def run(args: argparse.Namespace) -> Outcome:
     if args.write_texts and not isinstance(session.task, GenerationTask):
         raise InputError(f"expected --write-texts with a prompt that writes texts, got one for {session.task.kind}")
     weights: dict[str, float] = {}
-    if args.ensemble:
-        result, weights = _ensemble(args, session)
+    if mixed:
+        result, weights = _ensemble(args, session, mixed)
     else:
         result = evaluate(
             session.model,
@@ -74,7 +84,7 @@ def run(args: argparse.Namespace) -> Outcome:
             max_length=args.max_length,
             truncation=args.truncation,
             generate=args.write_texts,
-            **({} if args.max_new_tokens is None else {"max_new_tokens": args.max_new_tokens}),
+            **{name: getattr(args, name) for name in _WRITING if getattr(args, name) is not None},
         )
     data: dict[str, Any] = {
         "command": "eval",
@@ -94,12 +104,13 @@ def run(args: argparse.Namespace) -> Outcome:
     return Outcome(data, tuple(lines))
 
 
-def _check_ensemble(args: argparse.Namespace) -> None:
+def _ensemble_folders(args: argparse.Namespace) -> list[Path]:
+    """Where the weights of an ensemble's prompts are, that of ``--prompt`` first; none without one."""
     from ptengine.commands.recipe import find_prompt
 
     if not args.ensemble:
         require(args, "--ensemble", "weights_from")
-        return
+        return []
     refuse(args, "--ensemble", "hard_prompt_only", "write_texts")
     named = [args.prompt, *args.ensemble]
     found = [find_prompt(name) for name in named]
@@ -110,15 +121,14 @@ def _check_ensemble(args: argparse.Namespace) -> None:
         for what, same in (("model", recipe.fingerprint == own.fingerprint), ("task", recipe.task == own.task)):
             if not same:
                 raise InputError(f"expected prompts of one {what} in an ensemble, got {name!r}, tuned for another")
+    return [folder for folder, _ in found]
 
 
-def _ensemble(args: argparse.Namespace, session: Session) -> tuple[EvalResult, dict[str, float]]:
-    """The mixture's result, and the prompts' folders with their weights."""
-    from ptengine.commands.recipe import find_prompt
+def _ensemble(args: argparse.Namespace, session: Session, folders: list[Path]) -> tuple[EvalResult, dict[str, float]]:
+    """The mixture's result, and the prompts as they were named with their weights."""
     from ptengine.transfer import evaluate_ensemble, likelihood_weights
 
-    folders = [args.prompt, *args.ensemble]
-    prompts = [load_with_head(find_prompt(folder)[0], session.model, session.task) for folder in folders]
+    prompts = [load_with_head(folder, session.model, session.task) for folder in folders]
     options: dict[str, Any] = {
         "batch_size": args.batch_size, "max_length": args.max_length, "truncation": args.truncation,
     }  # fmt: skip
@@ -127,7 +137,7 @@ def _ensemble(args: argparse.Namespace, session: Session) -> tuple[EvalResult, d
     if args.weights_from is not None:
         weights = [*likelihood_weights(*asked, args.weights_from, session.tokenizer, **options)]
     result = evaluate_ensemble(*asked, args.data, session.tokenizer, weights=weights, **options)
-    return result, dict(zip(folders, weights, strict=True))
+    return result, dict(zip([args.prompt, *args.ensemble], weights, strict=True))
 
 
 def _write_predictions(path: str, result: EvalResult) -> str:

@@ -10,6 +10,7 @@ differ in is the business of `ptengine.interop.peft_types` and `ptengine.interop
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import warnings
@@ -19,13 +20,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from ptengine.backbone.heads import task_head
 from ptengine.backbone.spec import BackboneSpec, backbone_spec, kind_of
 from ptengine.errors import InputError
 from ptengine.files import make_directory, safetensors_bytes, write_together
 from ptengine.interop.peft_adapters import ADAPTER_TYPE, adapter_of, adapter_parts
-from ptengine.interop.peft_pairs import PAIR_TYPES, SUBMODULES, blocks_to_decoder, decoder_to_blocks, soft_rows
+from ptengine.interop.peft_pairs import (
+    PAIR_TYPES,
+    SUBMODULES,
+    blocks_to_decoder,
+    decoder_to_blocks,
+    soft_rows,
+    written_layers,
+)
 from ptengine.interop.peft_types import (
     PREFIX_TYPES,
     SOFT_TYPES,
@@ -97,11 +107,10 @@ def save_peft(
         The directory.
 
     Raises:
-        InputError: a prompt of another method (PEFT has no form for it); a prefix of an encoder-decoder with an even
-            number of layers whose layers i and i + L/2 differ, which PEFT lets read the same numbers; a peft_type that
-            is not for this kind of prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an
-            encoder;
-            a task with a head without a model or with one that has no such head; a model that is not the prompt's
+        InputError: a prompt of another method (PEFT has no form for it); a prefix of a backbone that reads no
+            `past_key_values`, as which PEFT hands it over (ALBERT, DistilBERT, ModernBERT); a peft_type that is not for
+            this kind of prompt or cannot hold it, with the reason; another task type; CAUSAL_LM for an encoder; a task
+            with a head without a model or with one that has no such head; a model that is not the prompt's
             backbone; several prompts for another type, or ones that differ in length or backbone; or a directory that
             cannot be written.
     """
@@ -180,7 +189,10 @@ def save_peft(
             rows = prompts[0].embeds.detach().float()  # [P, d]
             tensors[_PROMPT_KEY] = soft_rows(rows) if is_pair else rows
     else:
+        _refuse_unread_prefix(facts.model_type)
         lowered = prompts[0].lower()
+        if is_pair:
+            config["num_layers"] = written_layers(facts.num_layers)
         to_blocks = decoder_to_blocks if is_pair else prefix_to_blocks
         tensors[_PROMPT_KEY] = to_blocks(lowered.keys.detach().float(), lowered.values.detach().float())
         width = facts.num_kv_heads * facts.head_dim
@@ -213,8 +225,7 @@ def load_peft(
 
     Of an encoder-decoder (SEQ_2_SEQ_LM) PROMPT_TUNING, P_TUNING and PREFIX_TUNING are read, and of them what PEFT's
     models read: the first P rows of a soft prompt's 2P, and for the decoder's layer i the blocks 4i and 4i + 1 modulo
-    2L of a prefix. A prefix so loaded may be trained on with all its layers free; with an even L PEFT then no longer
-    has a form for it.
+    2N of a prefix, N being the encoder's layers, at least as many as the decoder's.
 
     Args:
         directory: where PEFT's `save_pretrained` (or `save_peft`) wrote.
@@ -232,9 +243,10 @@ def load_peft(
     Raises:
         InputError: files missing or damaged (pickled `adapter_model.bin` is not read); another peft_type; an
             encoder-decoder's checkpoint for another model, or the reverse; numbers that do not fit the model, naming
-            the field, what the model needs and what the checkpoint has; a `task_id` that is missing, out of range or of
-            no use; ADAPTION_PROMPT with a model of another type than llama and mistral, or one for which PEFT computes
-            another formula. The model is untouched then.
+            the field, what the model needs and what the checkpoint has; parts of the backbone that were trained, too
+            (`modules_to_save`); a prefix of a backbone that reads no `past_key_values`; a `task_id` that is missing,
+            out of range or of no use; ADAPTION_PROMPT with a model of another type than llama and mistral, or one for
+            which PEFT computes another formula. The model is untouched then.
         UnsupportedModelError: the model is of no supported type.
     """
     facts = backbone_facts(model)
@@ -256,6 +268,8 @@ def load_peft(
         except InputError as error:
             raise InputError(f"{directory}: {error}") from error
     is_prefix = config["peft_type"] in PREFIX_TYPES
+    if is_prefix:
+        _refuse_unread_prefix(facts.model_type)
     count = check_count(config.get("num_virtual_tokens"), spec)
     width = _checked_width(config, facts, is_prefix, is_pair)
     stored = count * (SUBMODULES if is_pair and not is_prefix else 1)
@@ -263,6 +277,7 @@ def load_peft(
         rows = rows_of(config | {"num_virtual_tokens": stored}, tensors, width, task_id)[:count]
     except InputError as error:
         raise InputError(f"{directory / WEIGHTS_NAME}: {error}") from error
+    _refuse_trained_backbone(tensors, model, config, directory)
     head = _checked_head(tensors, model, config) if load_head else {}
     if head and config.get("task_type") == "SEQ_CLS" and spec.kind == "encoder" and not is_prefix:
         warnings.warn(
@@ -372,9 +387,18 @@ def _is_pair(config: dict[str, Any], spec: BackboneSpec, path: Path) -> bool:
 
 
 def _checked_width(config: dict[str, Any], facts: BackboneFacts, is_prefix: bool, is_pair: bool) -> int:
-    """The numbers of a row: d, or L*2*H_kv*D; what the checkpoint says of its model must be true of this one."""
-    # PEFT counts an encoder-decoder's layers in its encoder, and only a prefix has any.
-    wanted = {} if is_pair and not is_prefix else {"num_layers": facts.num_layers}
+    """The numbers of a row: d, or N*2*H_kv*D of a prefix of N layers; what the checkpoint says of its model must be
+    true of this one."""
+    layers = facts.num_layers
+    if is_pair and is_prefix:
+        layers = config.get("num_layers")  # type: ignore[assignment]  # until it is checked
+        if not isinstance(layers, int) or layers < facts.num_layers:
+            raise InputError(
+                f"expected a prefix with num_layers of at least {facts.num_layers}, for each layer of the decoder of "
+                f"{facts.model_type!r}, got {layers!r}: PEFT makes one for each layer of the encoder"
+            )
+    # Of an encoder-decoder's soft prompt PEFT counts the encoder's layers, which this knows nothing of.
+    wanted = {} if is_pair and not is_prefix else {"num_layers": layers}
     if is_prefix:
         wanted |= {"num_attention_heads": facts.num_kv_heads, "token_dim": facts.num_kv_heads * facts.head_dim}
     else:
@@ -385,7 +409,16 @@ def _checked_width(config: dict[str, Any], facts: BackboneFacts, is_prefix: bool
                 f"the PEFT checkpoint was made for another backbone: the model needs {name} {value}, got "
                 f"{config.get(name)!r}"
             )
-    return facts.num_layers * 2 * wanted["token_dim"] if is_prefix else wanted["token_dim"]
+    return layers * 2 * wanted["token_dim"] if is_prefix else wanted["token_dim"]
+
+
+def _refuse_unread_prefix(model_type: str) -> None:
+    stock = MODEL_MAPPING.get(CONFIG_MAPPING[model_type], None) if model_type in CONFIG_MAPPING else None
+    if isinstance(stock, type) and "past_key_values" not in inspect.signature(stock.forward).parameters:
+        raise InputError(
+            f"expected a backbone that reads past_key_values, as which PEFT hands over a prefix, got {model_type!r}: "
+            f"{stock.__name__} takes none, so in PEFT the prefix is refused or without its effect"
+        )
 
 
 def _head_names(task_type: str | None) -> tuple[str, ...]:
@@ -419,6 +452,20 @@ def _checked_head(
     if _shapes(own) != _shapes(tensors):
         raise InputError(f"expected a checkpoint with the model's head {_shapes(own)}, got {_shapes(tensors)}")
     return {name: (own[name], tensors[name]) for name in own}
+
+
+def _refuse_trained_backbone(tensors: dict[str, Tensor], model: Any, config: dict[str, Any], directory: Path) -> None:
+    """Beside the prompt a checkpoint may carry a head; whatever else `modules_to_save` named is frozen here."""
+    head = task_head(model) if config.get("task_type") in (None, *_HEADS) else {}
+    frozen = model.state_dict().keys() - head.keys()
+    inner = f"{model.base_model_prefix}."  # which the names in a model with a head have, and those in its base have not
+    for name in sorted(tensors):
+        own = name.removeprefix(_HEAD_PREFIX)
+        if own in frozen or own.removeprefix(inner) in frozen:
+            raise InputError(
+                f"expected a prompt, with a head at most, in {str(directory)!r}, got one that was trained together "
+                f"with {own!r} of the backbone (modules_to_save {config.get('modules_to_save')}), which is frozen here"
+            )
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, list[int]]:

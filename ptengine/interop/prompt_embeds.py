@@ -16,7 +16,7 @@ from ptengine.backbone.spec import BackboneSpec, backbone_spec
 from ptengine.errors import InputError
 from ptengine.files import json_bytes, make_directory, safetensors_bytes, write_together
 from ptengine.interop.plain import method_of, plain
-from ptengine.prompts import SoftPrompt
+from ptengine.prompts import LlamaAdapter, Prefix, SoftPrompt
 
 __all__ = ["EMBEDS_JSON", "EMBEDS_NAME", "fingerprint", "require_deployable", "save_prompt_embeds"]
 
@@ -78,9 +78,10 @@ def require_deployable(model: Any, prompt: Any) -> BackboneSpec:
         UnsupportedModelError: the model is of no supported type.
     """
     if not isinstance(prompt, SoftPrompt):
+        held = "; PEFT's format (save_peft) holds this one" if isinstance(prompt, Prefix | LlamaAdapter) else ""
         raise InputError(
-            f"expected a SoftPrompt, got {method_of(prompt)!r}: only virtual tokens are input embeddings; keys and "
-            "values of layers are none, and PEFT's format (save_peft) holds those"
+            f"expected a SoftPrompt, got {method_of(prompt)!r}: only virtual tokens that are the same for every text, "
+            f"and nothing beside them, are input embeddings{held}"
         )
     spec = backbone_spec(model)
     if spec.kind != "causal" or spec.lm_head is None:

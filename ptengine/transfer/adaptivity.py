@@ -111,7 +111,8 @@ def prompt_adaptivity(
     if not rows:
         raise InputError(f"expected texts of at least two tokens to score a prompt's fit, got {len(texts)} without one")
     words = "".join(part.text for part in template.parts if part.kind == "text")
-    fixed = (lead + token_lists(tokenizer, [words])[0])[:room]
+    [own] = token_lists(tokenizer, [words])
+    fixed = (own if own[: len(lead)] == lead else lead + own)[:room]  # as `encode_texts`: one BOS
     terms = _terms(tokenizer, texts, background)
     scores = {}
     with frozen(model), torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from transformers import (
     DebertaV2ForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
     ModernBertConfig,
     ModernBertForSequenceClassification,
 )
@@ -126,3 +129,29 @@ def test_a_head_of_one_module_is_named_as_peft_names_it(tmp_path: Path) -> None:
     model, prompt = trained("bert")
     save_peft(prompt, tmp_path, model)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+
+
+@pytest.mark.parametrize("load_head", [True, False])
+@pytest.mark.parametrize(
+    ("family", "module", "named"),
+    [
+        ("bert", "pooler", "bert.pooler.dense.bias"),
+        ("bert", "encoder.layer.1.output", "bert.encoder.layer.1.output.LayerNorm.bias"),
+        ("bare", "pooler", "pooler.dense.bias"),
+        ("llama", "lm_head", "lm_head.weight"),
+    ],
+)
+def test_a_prompt_trained_with_parts_of_the_backbone_does_not_come_without_them(
+    tmp_path: Path, family: str, module: str, named: str, load_head: bool
+) -> None:
+    model: Any = LlamaForCausalLM(LlamaConfig(**WIDE)) if family == "llama" else make_model("bert")
+    if family == "bare":
+        model = model.bert
+    task_type = {"bert": "SEQ_CLS", "bare": "FEATURE_EXTRACTION", "llama": "CAUSAL_LM"}[family]
+    config = peft.PromptTuningConfig(
+        task_type=task_type, num_virtual_tokens=5, token_dim=32, num_layers=2, num_attention_heads=4,
+        modules_to_save=[module],
+    )  # fmt: skip
+    peft.get_peft_model(copy.deepcopy(model), config).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"together with '{named}' of the backbone .modules_to_save .*'{module}'"):
+        load_peft(tmp_path, model, load_head=load_head)

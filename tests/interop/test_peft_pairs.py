@@ -30,18 +30,18 @@ CONFIGS = {
 }
 
 
-def make(family: str, layers: int = 3) -> Any:
+def make(family: str, layers: int = 3, encoder_layers: int | None = None) -> Any:
     torch.manual_seed(0)
     if family == "t5":
         model = T5ForConditionalGeneration(
-            T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=layers, num_heads=4, pad_token_id=0,
-                     decoder_start_token_id=0)
+            T5Config(vocab_size=61, d_model=32, d_kv=8, d_ff=48, num_layers=encoder_layers or layers,
+                     num_decoder_layers=layers, num_heads=4, pad_token_id=0, decoder_start_token_id=0)
         )  # fmt: skip
     else:
         model = BartForConditionalGeneration(
-            BartConfig(vocab_size=61, d_model=32, encoder_layers=layers, decoder_layers=layers, encoder_ffn_dim=48,
-                       decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, init_std=0.2,
-                       max_position_embeddings=64, forced_eos_token_id=None)
+            BartConfig(vocab_size=61, d_model=32, encoder_layers=encoder_layers or layers, decoder_layers=layers,
+                       encoder_ffn_dim=48, decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4,
+                       init_std=0.2, max_position_embeddings=64, forced_eos_token_id=None)
         )  # fmt: skip
     return model.eval().requires_grad_(False)
 
@@ -76,28 +76,41 @@ def test_we_load_what_peft_writes(tmp_path: Path, family: str, kind: str, layers
     torch.testing.assert_close(by_peft(again), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("layers", "encoder_layers"), [(2, 3), (2, 4), (3, 4)])
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_prefixes_beside_a_deeper_encoder_are_read(
+    tmp_path: Path, family: str, layers: int, encoder_layers: int
+) -> None:
+    """PEFT makes a prefix for each layer of the encoder, of which the decoder reads some."""
+    config = peft.PrefixTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=P)
+    wrapped = peft.get_peft_model(make(family, layers, encoder_layers), config).eval()
+    torch.nn.init.normal_(wrapped.prompt_encoder.default.embedding.weight)
+    wrapped.save_pretrained(tmp_path)
+    model = make(family, layers, encoder_layers)
+    torch.testing.assert_close(by_us(model, load_peft(tmp_path, model)), by_peft(wrapped), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
 @pytest.mark.parametrize("peft_type", ["PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING"])
 @pytest.mark.parametrize("family", ["t5", "bart"])
-def test_peft_loads_what_we_write(tmp_path: Path, family: str, peft_type: str) -> None:
-    """An odd number of layers has room for every prefix."""
-    model = make(family)
+def test_peft_loads_what_we_write(tmp_path: Path, family: str, peft_type: str, layers: int) -> None:
+    """An even number of layers gets one more that nothing reads: PEFT would let two of them read the same."""
+    model = make(family, layers)
     if peft_type == "PREFIX_TUNING":
-        prompt: Prompt = Prefix(model, init="array", array=torch.randn(2, 3, P, 4, 8))
+        prompt: Prompt = Prefix(model, init="array", array=torch.randn(2, layers, P, 4, 8))
     else:
         prompt = SoftPrompt(model, init="array", array=torch.randn(P, 32))
     save_peft(prompt, tmp_path / "out", model, peft_type=peft_type)
-    wrapped = peft.PeftModel.from_pretrained(make(family), tmp_path / "out").eval()
+    wrapped = peft.PeftModel.from_pretrained(make(family, layers), tmp_path / "out").eval()
     torch.testing.assert_close(by_peft(wrapped), by_us(model, prompt), rtol=0, atol=1e-5)
     same = load_peft(tmp_path / "out", model)
     assert all(torch.equal(x, y) for x, y in zip(same.parameters(), prompt.parameters(), strict=True))
 
 
 def test_refused(tmp_path: Path) -> None:
-    model, causal = make("t5", 2), make("t5", 4)
-    even = Prefix(model, init="array", array=torch.randn(2, 2, P, 4, 8))
+    model, deeper = make("t5", 2), make("t5", 4)
     soft = SoftPrompt(model, P)
     for prompt, options, message in (
-        (even, {}, "layers 0 and 1 read the same block"),
         (soft, {"peft_type": "MULTITASK_PROMPT_TUNING"}, "PREFIX_TUNING and task_type SEQ_2_SEQ_LM .* got MULTITASK"),
         (soft, {"task_type": "CAUSAL_LM"}, "for the encoder-decoder 't5', got PROMPT_TUNING and 'CAUSAL_LM'"),
     ):
@@ -105,10 +118,13 @@ def test_refused(tmp_path: Path) -> None:
             save_peft(prompt, tmp_path / "no", **options)
     assert not (tmp_path / "no").exists()
     save_peft(soft, tmp_path / "out")
-    load_peft(tmp_path / "out", causal)  # of another depth: a soft prompt has none
+    load_peft(tmp_path / "out", deeper)  # of another depth: a soft prompt has none
     text = (tmp_path / "out/adapter_config.json").read_text()
     (tmp_path / "out/adapter_config.json").write_text(json.dumps(json.loads(text) | {"task_type": "CAUSAL_LM"}))
     with pytest.raises(
         InputError, match=r"of an encoder-decoder .* for 't5', got PROMPT_TUNING \(task_type 'CAUSAL_LM'"
     ):
         load_peft(tmp_path / "out", model)
+    save_peft(Prefix(make("t5", 3), P), tmp_path / "short")
+    with pytest.raises(InputError, match="num_layers of at least 4, for each layer of the decoder of 't5', got 3"):
+        load_peft(tmp_path / "short", deeper)

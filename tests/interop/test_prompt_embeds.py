@@ -14,7 +14,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from ptengine.backbone import generate
 from ptengine.errors import InputError
 from ptengine.interop import save_prompt_embeds
-from ptengine.prompts import Prefix, SoftPrompt
+from ptengine.prompts import DecomposedPrompt, LoPAPrompt, Prefix, SoftPrompt
 from ptengine.training.identity import fingerprint_model
 
 from ..backbone.stock import CAUSAL, VOCABULARY, config, make, random_rows, relative
@@ -70,7 +70,10 @@ def test_a_fingerprint_tells_models_apart(tmp_path: Path) -> None:
 def test_refused(tmp_path: Path) -> None:
     model, bert = make("llama"), make("bert")
     cases: list[tuple[Any, Any, str]] = [
-        (model, Prefix(model, 4), "expected a SoftPrompt, got 'prefix': only virtual tokens are input embeddings"),
+        (model, Prefix(model, 4), "expected a SoftPrompt, got 'prefix': .* PEFT's format .* holds this one"),
+        # These two were called keys and values of layers, which PEFT's format holds.
+        (model, LoPAPrompt(model, 4), "got 'lopa_prompt': .*, are input embeddings$"),
+        (model, DecomposedPrompt(model, 4, max_length=8, rank=2), "got '.*': .*, are input embeddings$"),
         (model, SoftPrompt(make("qwen3"), 4), "made for another backbone"),
         (bert, SoftPrompt(bert, 4), "causal model with an LM head, got BertForSequenceClassification"),
         (model.model, SoftPrompt(model, 4), "causal model with an LM head, got LlamaModel"),

@@ -54,6 +54,18 @@ def test_losses_are_those_of_the_stock_model(tiny: ModuleType, kind: str) -> Non
     assert found["own"].term_coverage is None  # nothing to stand out from
 
 
+def test_a_template_that_begins_with_the_bos_was_scored_with_two(tiny: ModuleType) -> None:
+    model, tokens, texts = tiny.gpt2().eval(), tiny.tokenizer(special=True), [row["text"] for row in tiny.rows(5, 2)]
+    tokens.add_special_tokens({"bos_token": "[CLS]"})
+    assert tokens("[CLS] the", add_special_tokens=False)["input_ids"] == tokens("the")["input_ids"][:-1]
+    plain, chat = (
+        prompt_adaptivity(model, tokens, Template(text), texts, {"none": None})["none"].template_perplexity
+        for text in ("the {text} it was", "[CLS] the {text} it was")
+    )
+    assert plain is not None
+    assert chat == plain
+
+
 @torch.no_grad()
 def test_a_masked_language_model_reads_a_text_seven_times(tiny: ModuleType) -> None:
     """Every token is hidden once, with those seven, fourteen, .. tokens from it; the stock model says what it costs."""
