@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ptengine.kernels import launch
+from ptengine.kernels.arguments import check_tensors
 from ptengine.kernels.dispatch import implementation, register, resolve_backend
 from ptengine.kernels.gated_activation import torch_path
 from ptengine.kernels.gated_activation.reference import gated_activation_reference
@@ -52,8 +53,10 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu", *, back
     same bits, nothing waits for the device, and there is no second derivative.
 
     Raises:
+        TypeError: gate or up is no tensor.
         ValueError: a shape, dtype, device or activation that is not as above; a backend that cannot take the call.
     """
+    check_tensors(gate=gate, up=up)
     if gate.dtype not in _DTYPES:
         raise ValueError(f"expected gate in float64, float32, bfloat16 or float16, got {gate.dtype}")
     if up.shape != gate.shape or up.dtype != gate.dtype or up.device != gate.device:

@@ -76,12 +76,13 @@ def linear_cross_entropy(
     error. "triton" can be captured in a CUDA graph; nothing in it waits for the device.
 
     Raises:
+        TypeError: what should be a tensor or a number is none.
         ValueError: a shape, dtype, device or scalar that is not as above; a weight or bias that requires grad while
             grad is enabled; a backend that cannot take the call; a label out of range. Labels are looked at on a CPU
             only, since looking would make the host wait for the device: elsewhere a label out of range gives NaN with
             "torch" and "triton", with "triton" as that row's gradient too.
     """
-    check_arguments(hidden, weight, labels, bias, softcap, label_smoothing, z_loss, reduction)
+    check_arguments(hidden, weight, labels, bias, softcap, label_smoothing, z_loss, ignore_index, reduction)
     resolved = resolve_backend(
         backend, hidden.device, OP, dtype=hidden.dtype, no_kernel_because=_no_kernel_because(weight, bias)
     )

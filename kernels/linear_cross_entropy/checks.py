@@ -6,6 +6,8 @@ import math
 
 import torch
 
+from ptengine.kernels.arguments import check_numbers, check_optional_tensors, check_tensors, check_whole
+
 REDUCTIONS = ("mean", "sum", "none")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -18,9 +20,17 @@ def check_arguments(
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
+    ignore_index: int,
     reduction: str,
 ) -> None:
-    """Shapes, dtypes, devices and scalars; raises ValueError. Reads no element, so it never waits for a device."""
+    """Kinds, shapes, dtypes, devices and scalars; raises TypeError for kinds, else ValueError. Reads no element, so it
+    never waits for a device."""
+    check_tensors(hidden=hidden, weight=weight, labels=labels)
+    check_optional_tensors(bias=bias)
+    check_numbers(label_smoothing=label_smoothing, z_loss=z_loss)
+    check_whole(ignore_index=ignore_index)
+    if softcap is not None:
+        check_numbers(softcap=softcap)
     if hidden.dim() != 2:
         raise ValueError(f"expected hidden of shape [n, d], got {list(hidden.shape)}")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:

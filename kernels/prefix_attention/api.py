@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ptengine.kernels.arguments import check_flags, check_numbers, check_optional_tensors, check_tensors, check_whole
 from ptengine.kernels.dispatch import implementation, resolve_backend
 from ptengine.kernels.prefix_attention import operators as _operators  # noqa: F401 (registers the implementations)
 from ptengine.kernels.prefix_attention.scores import ScoreRules
@@ -100,6 +100,8 @@ def prefix_attention_varlen(
         ValueError, TypeError: an argument is not as described; the message says what was expected and what came. The
             values of index tensors are looked at on a CPU only. Elsewhere wrong ones give undefined results.
     """
+    check_tensors(cu_seqlens=cu_seqlens)
+    check_optional_tensors(prefix_rows=prefix_rows)
     _check_qkv(q, k, v, dims=3)
     total, num_heads, _ = q.shape
     if k.shape[0] != total or v.shape[0] != total:
@@ -108,7 +110,7 @@ def prefix_attention_varlen(
     rows = cu_seqlens.numel() - 1
     if rows < 0:
         raise ValueError("expected cu_seqlens of at least one entry, got none")
-    _check_whole("max_seqlen", max_seqlen)
+    check_whole(max_seqlen=max_seqlen)
     if prefix_rows is not None:
         _check_prefix_rows(prefix_rows, prefix_k, prefix_v, prompt_ids, prefix_lengths, rows, q.device)
     prefix_k, prefix_v = _check_prefix(q, k, v, prefix_k, prefix_v, prompt_ids, prefix_lengths, rows)
@@ -171,6 +173,7 @@ def prefix_attention(
     Raises:
         ValueError, TypeError: as `prefix_attention_varlen`.
     """
+    check_optional_tensors(key_lengths=key_lengths, key_starts=key_starts)
     _check_qkv(q, k, v, dims=4)
     batch, num_heads, q_len, _ = q.shape
     if k.shape[0] != batch or v.shape[0] != batch or k.shape[2] != v.shape[2] or k.shape[2] < q_len:
@@ -200,6 +203,7 @@ def _implementation(op: str, backend: str | None, q: Tensor, v: Tensor) -> Calla
 
 
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor, dims: int) -> None:
+    check_tensors(q=q, k=k, v=v)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.dim() != dims:
             layout = "[total, H, D]" if dims == 3 else "[B, H, T, D]"
@@ -229,6 +233,9 @@ def _check_prefix(
     rows: int,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check the prefix and give it the prompt axis: [N, P, H_kv, D]."""
+    check_optional_tensors(
+        prefix_k=prefix_k, prefix_v=prefix_v, prompt_ids=prompt_ids, prefix_lengths=prefix_lengths
+    )  # fmt: skip
     if (prefix_k is None) != (prefix_v is None):
         raise ValueError("expected both prefix_k and prefix_v or neither, got one")
     if prefix_k is None or prefix_v is None:
@@ -287,14 +294,20 @@ def _check_rules(
     alibi_slopes: Tensor | None,
     relative_bias: Tensor | None,
 ) -> ScoreRules:
+    check_flags(causal=causal, window_includes_prefix=window_includes_prefix)
+    check_optional_tensors(sinks=sinks, alibi_slopes=alibi_slopes, relative_bias=relative_bias)
     if window is not None:
-        _check_whole("window", window)
+        check_whole(window=window)
         if window < 1:
             raise ValueError(f"expected a window of at least 1, got {window}")
-    if scale is not None and not math.isfinite(scale):
-        raise ValueError(f"expected a finite scale, got {scale}")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"expected a positive softcap, got {softcap}")
+    if scale is not None:
+        check_numbers(scale=scale)
+        if not math.isfinite(scale):
+            raise ValueError(f"expected a finite scale, got {scale}")
+    if softcap is not None:
+        check_numbers(softcap=softcap)
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"expected a positive softcap, got {softcap}")
     constants: tuple[tuple[str, Any, int], ...] = (
         ("sinks", sinks, 1),
         ("alibi_slopes", alibi_slopes, 1),
@@ -326,8 +339,3 @@ def _check_index(name: str, x: Tensor, device: torch.device, count: int | None =
         raise ValueError(f"expected {name} of shape {shape}, int32, got {list(x.shape)}, {x.dtype}")
     if x.device != device:
         raise ValueError(f"expected {name} on {device}, got {x.device}")
-
-
-def _check_whole(name: str, value: Any) -> None:
-    if not isinstance(value, Integral | torch.SymInt):
-        raise TypeError(f"expected {name}, a whole number, got {value!r}")

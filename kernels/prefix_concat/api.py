@@ -55,6 +55,7 @@ def prefix_concat(
         [B, H_kv, P + T, D], contiguous, in rows' dtype, sharing no memory with its arguments.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a shape, dtype or device that is not as above, or a prompt id out of range. Ids are looked at on a
             CPU only, since looking would make the host wait for the device. Elsewhere the PyTorch path leaves one that
             is out of range to PyTorch's own device-side assertion, and the kernel writes NaN in place of its prefix
@@ -116,6 +117,7 @@ def prefix_concat_varlen(
         [R + 1], in cu_seqlens' dtype, without gradient.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a shape, dtype or device that is not as above; or a wrong value in an index tensor, max_seqlen or
             out_tokens. Values are looked at on a CPU only. Elsewhere the kernel takes a prompt id out of range as -1
             and writes nothing beyond out_tokens; with a wrong cu_seqlens or max_seqlen, or an out_tokens that is too
@@ -161,6 +163,7 @@ def prefix_concat_paged(
         prompt_ids, cos, sin, backend: as for `prefix_concat`.
 
     Raises:
+        TypeError: an argument of another kind.
         ValueError: a shape, dtype or device that is not as above, or a prompt id or a block out of range. These are
             looked at on a CPU only. Elsewhere the PyTorch path leaves them to PyTorch's own device-side assertion; the
             kernel writes NaN for the prefix of such a prompt and nothing for such a block.

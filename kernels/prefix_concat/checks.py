@@ -1,6 +1,7 @@
 """What the arguments of the operations must be; nothing is computed here.
 
-`check_dense`, `check_packed`, `check_rotary` and `check_cache` read no element, so they never wait for a device; the
+Another kind of value than a tensor or a whole number is a TypeError, everything else a ValueError. `check_dense`,
+`check_packed`, `check_rotary` and `check_cache` read no element, so they never wait for a device; the
 public functions call them. The `check_..._values` functions read index tensors, on a CPU only; the implementations call
 them, since in the public functions a compiler would drop them.
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ptengine.kernels.arguments import check_optional_tensors, check_tensors, check_whole
 from ptengine.kernels.packed_rows import check_bounds
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -18,6 +20,8 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 
 def check_dense(prefix: Tensor, rows: Tensor, prompt_ids: Tensor | None) -> None:
     """prefix, rows [B, H_kv, T, D] and prompt_ids [B]."""
+    check_tensors(prefix=prefix, rows=rows)
+    check_optional_tensors(prompt_ids=prompt_ids)
     if rows.dim() != 4:
         raise ValueError(f"expected rows of shape [B, H_kv, T, D], got {list(rows.shape)}")
     _check_prefix(prefix, rows, rows.shape[1], prompt_ids)
@@ -34,6 +38,9 @@ def check_packed(
     prefix_lengths: Tensor | None,
 ) -> None:
     """prefix, rows [total, H_kv, D] and the index tensors of packed rows."""
+    check_tensors(prefix=prefix, rows=rows, cu_seqlens=cu_seqlens)
+    check_optional_tensors(prompt_ids=prompt_ids, prefix_lengths=prefix_lengths)
+    check_whole(max_seqlen=max_seqlen)
     if rows.dim() != 3:
         raise ValueError(f"expected rows of shape [total, H_kv, D], got {list(rows.shape)}")
     if max_seqlen < 0:
@@ -48,6 +55,7 @@ def check_packed(
 
 def check_rotary(rows: Tensor, tokens: tuple[int, ...], cos: Tensor | None, sin: Tensor | None) -> None:
     """cos and sin for rows whose tokens are `tokens`: (B, T), which allows [T, D_rot] too, or (total,)."""
+    check_optional_tensors(cos=cos, sin=sin)
     if cos is None and sin is None:
         return
     if cos is None or sin is None:
@@ -69,6 +77,7 @@ def check_rotary(rows: Tensor, tokens: tuple[int, ...], cos: Tensor | None, sin:
 
 def check_cache(rows: Tensor, cache: Tensor, block_table: Tensor, tokens: int) -> None:
     """cache and block_table for rows [B, H_kv, T, D] that become `tokens` tokens each."""
+    check_tensors(cache=cache, block_table=block_table)
     batch, heads, _, dim = rows.shape
     if cache.dim() != 4 or tuple(cache.shape[2:]) != (heads, dim) or cache.shape[1] == 0:
         raise ValueError(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ptengine.kernels import launch
+from ptengine.kernels.arguments import check_tensors
 from ptengine.kernels.dispatch import implementation, register, resolve_backend
 from ptengine.kernels.rotary import torch_path
 from ptengine.kernels.rotary.reference import rotary_embedding_reference
@@ -54,8 +55,10 @@ def rotary_embedding(
     nothing waits for the device, and there is no second derivative. A token's NaN stays in its head.
 
     Raises:
+        TypeError: an argument is no tensor.
         ValueError: a shape, dtype or device that is not as above; a backend that cannot take the call.
     """
+    check_tensors(q=q, k=k, cos=cos, sin=sin)
     if q.dim() != 3 or q.dtype not in _DTYPES:
         raise ValueError(
             f"expected q [N, H, D] in float64, float32, bfloat16 or float16, got {list(q.shape)} in {q.dtype}"

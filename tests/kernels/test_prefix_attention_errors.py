@@ -88,6 +88,18 @@ PACKED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "max_seqlen of a fraction": ({"max_seqlen": 5.0}, TypeError, "max_seqlen, a whole number, got 5.0"),
     "no max_seqlen": ({"max_seqlen": None}, TypeError, "max_seqlen, a whole number, got None"),
     "window of a fraction": ({"window": 2.5}, TypeError, "window, a whole number, got 2.5"),
+    "q as a list": ({"q": [[1.0]]}, TypeError, "expected q, a tensor, got list"),
+    "no cu_seqlens": ({"cu_seqlens": None}, TypeError, "expected cu_seqlens, a tensor, got NoneType"),
+    "prompt_ids as a list": ({"prompt_ids": [0, 1, 0]}, TypeError, "expected prompt_ids, a tensor or None, got list"),
+    "sinks as a list": ({"sinks": [0.1] * 4}, TypeError, "expected sinks, a tensor or None, got list"),
+    "softcap as text": ({"softcap": "a"}, TypeError, "expected softcap, a number, got 'a'"),
+    "scale as text": ({"scale": "1"}, TypeError, "expected scale, a number, got '1'"),
+    "a flag for scale": ({"scale": True}, TypeError, "expected scale, a number, got True"),
+    "causal as text": ({"causal": "no"}, TypeError, "expected causal, True or False, got 'no'"),
+    "no window_includes_prefix": (
+        {"window_includes_prefix": None}, TypeError, "window_includes_prefix, True or False, got None"
+    ),
+    "a flag for max_seqlen": ({"max_seqlen": True}, TypeError, "max_seqlen, a whole number, got True"),
     "scale without end": ({"scale": float("inf")}, ValueError, "finite scale, got inf"),
     "softcap without end": ({"softcap": float("inf")}, ValueError, "positive softcap, got inf"),
     "window of 0": ({"window": 0}, ValueError, "window of at least 1, got 0"),
