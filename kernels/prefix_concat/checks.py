@@ -1,9 +1,9 @@
 """What the arguments of the operations must be; nothing is computed here.
 
 Another kind of value than a tensor or a whole number is a TypeError, everything else a ValueError. `check_dense`,
-`check_packed`, `check_rotary` and `check_cache` read no element, so they never wait for a device; the
-public functions call them. The `check_..._values` functions read index tensors, on a CPU only; the implementations call
-them, since in the public functions a compiler would drop them.
+`check_packed`, `check_rotary` and `check_cache` read no element, so they never wait for a device; the public functions
+call them. The `check_..._values` functions read index tensors, on a CPU only; the implementations call them, since in
+the public functions a compiler would drop them.
 """
 
 from __future__ import annotations

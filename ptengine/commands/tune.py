@@ -158,11 +158,10 @@ def _check_test(args: argparse.Namespace, config: Any, task: Task, tokenizer: An
     """A defect of the test file must come to light before the training, not after it."""
     from ptengine.backbone import backbone_spec
     from ptengine.training.objective import make_objective
-    from ptengine.training.preparation import check_evaluation, encode
+    from ptengine.training.preparation import check_evaluation, encode, row_limits
 
     spec = backbone_spec(model)
-    limits: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
-    rows = encode(task, args.test, tokenizer, prompt, spec, name="test", **limits).rows
+    rows = encode(task, args.test, tokenizer, prompt, spec, name="test", **row_limits(config)).rows
     objective = make_objective(task, model, spec, tokenizer, config.bf16)
     check_evaluation(objective, rows, config.per_device_eval_batch_size, args.test, "--per-device-eval-batch-size")
 

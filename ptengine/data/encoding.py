@@ -255,7 +255,7 @@ def encode_texts(
         for i in range(count)
     ]
     leading, trailing = special_tokens(tokenizer)
-    if not enclosed and _begins_with(template, leading, tokenizer):
+    if leading and not enclosed and _begins_with(template, leading, tokenizer):
         leading = []
     if not (enclosed or closed):
         trailing = []

@@ -33,6 +33,7 @@ from ptengine.training.preparation import (
     check_prompt,
     encode,
     room_for_text,
+    row_limits,
 )
 from ptengine.training.run import HEAD_NAME
 
@@ -43,8 +44,7 @@ def evaluation_options(config: TrainingConfig) -> dict[str, Any]:
     """Keyword arguments with which `evaluate` treats rows as a run of `config` does."""
     return {
         "batch_size": config.per_device_eval_batch_size,
-        "max_length": config.max_length,
-        "truncation": config.truncation,
+        **row_limits(config),
         "bf16": config.bf16,
     }
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 
 from datasets import Dataset
 
 from ptengine.backbone.lowering import GatedTokens, KeyValuePrefix, VirtualTokens
 from ptengine.backbone.spec import BackboneSpec
 from ptengine.checks import check_whole
+from ptengine.configuration import TrainingConfig
 from ptengine.data import EncodedRow, EncodedSplit, Task, load_rows
 from ptengine.data.cells import place
 from ptengine.data.encoding import too_long
@@ -35,6 +36,7 @@ __all__ = [
     "encode",
     "for_task",
     "room_for_text",
+    "row_limits",
 ]
 
 DataSource: TypeAlias = str | os.PathLike[str] | Sequence[Mapping[str, Any]] | Dataset | EncodedSplit
@@ -154,6 +156,18 @@ def room_for_text(spec: BackboneSpec, prompt: Prompt | None, max_length: int | N
     if max_length is not None:
         return max_length
     return room if reach is None else min(room, reach)
+
+
+class RowLimits(TypedDict):
+    """Of `encode`, `ptengine.training.evaluate` and whatever else reads rows."""
+
+    max_length: int | None
+    truncation: bool
+
+
+def row_limits(config: TrainingConfig) -> RowLimits:
+    """How long the rows of a run of `config` may be, and whether longer ones are cut."""
+    return {"max_length": config.max_length, "truncation": config.truncation}
 
 
 def encode(

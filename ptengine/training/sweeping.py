@@ -16,7 +16,7 @@ from ptengine.errors import InputError
 from ptengine.files import write_json_atomic
 from ptengine.prompts.base import Prompt
 from ptengine.training.folders import copy_folder
-from ptengine.training.preparation import DataSource, check_prompt, encode
+from ptengine.training.preparation import DataSource, check_prompt, encode, row_limits
 from ptengine.training.prompt_set import PromptSet, PromptSetResult
 from ptengine.training.resumption import Resume
 from ptengine.training.trainer import Trainer, TrainingResult
@@ -137,9 +137,8 @@ def sweep(
             raise InputError(f"expected make_prompt to return a ptengine prompt, got {type(prompt).__name__}")
         check_prompt(prompt, model)
     spec = backbone_spec(model)
-    limits: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
     train, held = (
-        encode(task, data, tokenizer, prompts[0], spec, name=name, **limits)
+        encode(task, data, tokenizer, prompts[0], spec, name=name, **row_limits(config))
         for data, name in ((train_data, "train"), (eval_data, "eval"))
     )
     # Of numpy, a rate would name its folder otherwise, and its comparisons give no Python numbers to write as json.

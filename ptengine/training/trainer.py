@@ -48,6 +48,7 @@ from ptengine.training.preparation import (
     check_places,
     check_prompt,
     encode,
+    row_limits,
 )
 from ptengine.training.randomness import Generators, seed_everything
 from ptengine.training.resumption import PROMPT_NAME, Resume, require_exact, starting_point
@@ -171,15 +172,14 @@ class Trainer:
         self._check_trainable()
         check_checkpointing(spec, prompt, config.gradient_checkpointing)
         self._check_evaluation(eval_data is not None)
-        limits: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
-        self._train = encode(task, train_data, tokenizer, prompt, spec, name="train", **limits).rows
+        self._train = encode(task, train_data, tokenizer, prompt, spec, name="train", **row_limits(config)).rows
         batch_size = config.per_device_train_batch_size
         check_batches(
             self._objective, len(self._train), batch_size, name_of(train_data, "train"), "per_device_train_batch_size"
         )
         self._eval: list[EncodedRow] = []
         if eval_data is not None:
-            self._eval = encode(task, eval_data, tokenizer, prompt, spec, name="eval", **limits).rows
+            self._eval = encode(task, eval_data, tokenizer, prompt, spec, name="eval", **row_limits(config)).rows
             check_evaluation(
                 self._objective,
                 self._eval,

@@ -34,7 +34,7 @@ from ptengine.prompts.registry import create
 from ptengine.training import Trainer, TrainingConfig
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.folders import clean_leftovers, exclusive, write_folder
-from ptengine.training.preparation import DataSource, encode, for_task
+from ptengine.training.preparation import DataSource, encode, for_task, row_limits
 from ptengine.transfer.adaptivity import Adaptivity, prompt_adaptivity
 from ptengine.transfer.augmentation import Augmentation, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, check_name, weights_sha256
@@ -353,10 +353,8 @@ class _Work:
     def check_rows(self, task: LabelledTask, rows: Rows, name: str, places: Sequence[str], prompt: Prompt) -> None:
         """Refuse rows that `task` cannot encode beside `prompt`, by their places in the files of before cleaning."""
         try:
-            encode(
-                task, rows, self.tokenizer, prompt, backbone_spec(self.model), name=name,
-                max_length=self.training.max_length, truncation=self.training.truncation,
-            )  # fmt: skip
+            spec, limits = backbone_spec(self.model), row_limits(self.training)
+            encode(task, rows, self.tokenizer, prompt, spec, name=name, **limits)
         except InputError as error:
             for index, where in enumerate(places):
                 after = str(error).removeprefix(place(name, index))

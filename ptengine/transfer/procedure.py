@@ -25,7 +25,7 @@ from ptengine.training import EvalResult, Trainer, TrainingConfig, TrainingResul
 from ptengine.training.evaluation import evaluation_options
 from ptengine.training.folders import clean_leftovers, write_folder
 from ptengine.training.identity import FREE_SETTINGS
-from ptengine.training.preparation import DataSource, encode, for_task
+from ptengine.training.preparation import DataSource, encode, for_task, row_limits
 from ptengine.transfer.arithmetic import add_task_vectors, start_from, weighted_mean
 from ptengine.transfer.augmentation import Augmentation, AugmentationReport, augment
 from ptengine.transfer.bank import BankEntry, PromptBank, Search, weights_sha256
@@ -279,10 +279,8 @@ class Procedure:
 
     def readable(self, rows: Rows, prompt: Prompt) -> None:
         """Refuse unlabelled rows that do not fit beside `prompt`."""
-        encode(
-            self.task, rows, self.tokenizer, prompt, backbone_spec(self.model), name="unlabelled",
-            max_length=self.training.max_length, truncation=self.training.truncation,
-        )  # fmt: skip
+        spec, limits = backbone_spec(self.model), row_limits(self.training)
+        encode(self.task, rows, self.tokenizer, prompt, spec, name="unlabelled", **limits)
 
     def loss(self, start: Prompt, likeness: float = 1.0, taught: Taught | None = None) -> TransferLoss:
         return TransferLoss(

@@ -48,7 +48,7 @@ from ptengine.training import TrainingConfig
 from ptengine.training.freezing import frozen
 from ptengine.training.head_objective import own_head
 from ptengine.training.identity import fingerprint_rows
-from ptengine.training.preparation import DataSource, encode
+from ptengine.training.preparation import DataSource, encode, row_limits
 from ptengine.transfer.augmentation import augment
 from ptengine.transfer.step_rows import StepRows
 from ptengine.transfer.strategies import SelfTrain
@@ -129,10 +129,9 @@ def teach(
         InputError: as `training.evaluate`.
     """
     spec, bound = backbone_spec(model), bound_words(task, tokenizer)
-    limits: dict[str, Any] = {"max_length": config.max_length, "truncation": config.truncation}
 
     def encoded(some: Sequence[Mapping[str, Any]]) -> list[EncodedRow]:
-        return encode(task, some, tokenizer, teacher, spec, name="unlabelled", **limits).rows
+        return encode(task, some, tokenizer, teacher, spec, name="unlabelled", **row_limits(config)).rows
 
     asked = encoded(rows)
     size = max(config.per_device_eval_batch_size // (1 if bound is None else bound.rows_per_text), 1)

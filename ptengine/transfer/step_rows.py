@@ -14,7 +14,7 @@ from ptengine.prompts.base import Prompt
 from ptengine.training import TrainingConfig
 from ptengine.training.identity import fingerprint_rows
 from ptengine.training.objective import make_objective
-from ptengine.training.preparation import DataSource, check_batches, encode
+from ptengine.training.preparation import DataSource, check_batches, encode, row_limits
 from ptengine.training.step_loss import MicroBatch, micro_batches
 
 __all__ = ["StepRows", "TaskRows"]
@@ -66,9 +66,7 @@ class TaskRows:
         spec = backbone_spec(model)
         self.objective = make_objective(task, model, spec, tokenizer, config.bf16)
         self._task = task
-        self._rows = encode(
-            task, data, tokenizer, prompt, spec, name=name, max_length=config.max_length, truncation=config.truncation
-        ).rows  # fmt: skip
+        self._rows = encode(task, data, tokenizer, prompt, spec, name=name, **row_limits(config)).rows
         size = config.per_device_train_batch_size
         check_batches(self.objective, len(self._rows), size, name, "per_device_train_batch_size")
         self._drawn = StepRows(len(self._rows), config, self.objective.least_rows)
