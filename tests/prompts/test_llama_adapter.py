@@ -52,7 +52,7 @@ def other(family: str) -> Any:
     config = AutoConfig.for_model(
         family, vocab_size=61, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
         intermediate_size=48, max_position_embeddings=64, head_dim=8, bos_token_id=0, eos_token_id=1, pad_token_id=2,
-        **({"attention_multiplier": 0.2} if family == "granite" else {}),
+        **{"granite": {"attention_multiplier": 0.2}, "smollm3": {"no_rope_layer_interval": 3}}.get(family, {}),
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config).eval()
 
@@ -105,7 +105,7 @@ def hooked(model: Any, prompts: Sequence[LlamaAdapter | None]) -> Iterator[Any]:
             )  # [P, H_kv, D]
             if hasattr(attention, "k_norm"):
                 keys = attention.k_norm(keys)
-            rotates = getattr(attention, "use_rope", True)  # SmolLM3 leaves it out in every fourth layer
+            rotates = getattr(attention, "use_rope", True)  # SmolLM3 leaves it out in some layers, here in the last
             heads = []
             for head in range(queries.shape[1]):
                 of = head * keys.shape[1] // queries.shape[1]
