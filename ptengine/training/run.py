@@ -128,7 +128,8 @@ class Run:
         self._best: dict[str, Tensor] = {}
         named = {n: p for n, p in prompt.named_parameters() if p.requires_grad} if prompt is not None else {}
         scales = prompt.learning_rate_factors() if prompt is not None else {}
-        self._trained = [*named.values(), *head.values()]
+        # The gradient's norm rounds by the order of its parts: the head's by name, as HeadedPrompt keeps them.
+        self._trained = [*named.values(), *(head[name] for name in sorted(head))]
         heads = [*head.values()]
         if isinstance(prompt, HeadedPrompt):
             heads += [named.pop(name) for name in list(named) if name.startswith(HEAD_PREFIX)]
